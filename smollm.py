@@ -100,7 +100,7 @@ class Config:
 
     def to_hf(self) -> dict:
         """The contents of a config.json that transformers 4 and 5 both read."""
-        hf = asdict(self) | FIXED | {"head_dim": self.head_dim, "pad_token_id": self.eos_token_id}
+        hf = asdict(self) | FIXED | {"head_dim": self.head_dim, "pad_token_id": None}  # documents are packed
         hf["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.no_rope_layer_interval:
             hf["no_rope_layers"] = [int(rotates) for rotates in self.rotates]  # in HF, too, 1 means: rotates
@@ -391,9 +391,8 @@ class SmolLM(nn.Module):
         (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         if tokenizer is not None:
             bos, eos = map(tokenizer.id_to_token, (self.config.bos_token_id, self.config.eos_token_id))
-            hf = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos,
-                  "pad_token": eos, "model_max_length": self.config.max_position_embeddings,
-                  "clean_up_tokenization_spaces": False}
+            hf = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                  "bos_token": bos, "eos_token": eos, "model_max_length": self.config.max_position_embeddings}
             (directory / "tokenizer_config.json").write_text(json.dumps(hf, indent=2) + "\n")
             tokenizer.save(str(directory / "tokenizer.json"))
 
