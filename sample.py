@@ -1,8 +1,8 @@
 """Let a SmolLM write.
 
-    python sample.py                                              go on from out/ckpt.pt
+    python sample.py                                              # from out/ckpt.pt
     python sample.py --prompt="def main" --num_samples=4
-    python sample.py --ckpt=SmolLM2-135M --temperature=0          a HuggingFace directory, greedily
+    python sample.py --ckpt=SmolLM2-135M --temperature=0          # from a HuggingFace directory
 
 The text goes to stdout; how long it took, to stderr.
 """

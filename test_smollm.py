@@ -434,19 +434,20 @@ def test_a_large_vocabulary_is_stored_as_uint32(tmp_path):
 
 def test_data_is_prepared_once_and_again_only_when_it_changed(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = train.prepare_data(str(corpus), None, 500)
-    made = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
-    assert sorted(made) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
-    assert train.prepare_data(str(corpus), None, 500) == folder
-    assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()} == made
-    assert train.prepare_data(str(corpus), None, 501) != folder
-    assert train.prepare_data(str(corpus), load_tokenizer(folder), 500) != folder
+    folder, tokenizer = train.prepare_data(str(corpus), None, 500)
+    made = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("data").rglob("*.*")}
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert train.prepare_data(str(corpus), None, 500)[0] == folder
+    assert train.prepare_data(str(corpus), tokenizer, 500)[0] == folder  # as a run that resumes asks for it
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("data").rglob("*.*")} == made
+    assert train.prepare_data(str(corpus), None, 501)[0] != folder
     (tmp_path / "book.txt").write_text("a line of a book\n" * 3000)
-    book = train.prepare_data("book.txt", None, 300)
+    book, _ = train.prepare_data("book.txt", None, 300)
     (tmp_path / "book.txt").write_text("another line of it\n" * 3000)
-    assert train.prepare_data("book.txt", None, 300) != book
+    assert train.prepare_data("book.txt", None, 300)[0] != book
     assert json.loads((book / "meta.json").read_text())["val"]["documents"] == 1
     assert not list(Path("data").glob("unfinished-*"))
+    assert not list(Path("data").glob("*.tmp"))
 
 
 def test_a_file_that_is_cut_into_documents_loses_nothing(tmp_path):
@@ -522,7 +523,7 @@ def test_train_logs_evaluates_and_saves(trained):
     assert validation[0] == pytest.approx(math.log(4096) + 0.5, abs=0.2)
     assert validation[2] < validation[1] < validation[0] - 0.5
     assert list(losses_of(log)) == list(range(1, 13))
-    for word in ("lr ", "norm ", "tok/s", "MFU", "perplexity", "bits per byte", "\ndef"):
+    for word in ("lr ", "norm ", "tok/s", "MFU", "perplexity", "bits per byte", "\ndef __init__(self"):
         assert word in log, word
     assert os.listdir(trained / "out") == ["ckpt.pt"]
 

@@ -1,8 +1,8 @@
 """Train a SmolLM from scratch on real text. A flat script: options, data, model, loop, checkpoint.
 
-    python train.py --model=nano --max_iters=400 --learning_rate=3e-3    minutes on a laptop's CPU
-    python train.py --batch_size=8 --max_iters=5000                      the 135M model
-    python train.py --init_from=resume                                   go on from out/ckpt.pt
+    python train.py --model=nano --max_iters=350 --batch_size=16 --block_size=256 --learning_rate=3e-3
+    python train.py --batch_size=8 --max_iters=5000    # the 135M model
+    python train.py --init_from=resume                 # go on from out/ckpt.pt
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class Options:
     eval_interval: int = 250  # steps from evaluation to evaluation; each saves a checkpoint
     eval_iters: int = 10  # batches in an evaluation, at most
     log_interval: int = 10  # steps from log line to log line
-    sample_prompt: str = "def"  # continued at each evaluation
+    sample_prompt: str = "def __init__(self"  # continued at each evaluation
     # machine
     seed: int = 0  # of the initial weights and of the order of the data
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -189,27 +189,29 @@ def write_tokens(documents, tokenizer: Tokenizer, folder: Path, dataset: str):
     if not meta["train"]["documents"]:
         raise InputError(f"dataset {dataset!r} is empty or too short: it needs more than 16 KiB or two "
                          "documents, one of them to validate on")
-    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def prepare_data(dataset: str, tokenizer: Tokenizer | None, vocab_size: int) -> Path:
-    """The folder under data/ with the tokens of dataset. Made if there is none for these very files (by name,
-    size and time) and this tokenizer, or vocab_size if one is to be trained; it has a temporary name until
-    all of it is written."""
-    files = find_files(dataset)
+def prepare_data(dataset: str, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[Path, Tokenizer]:
+    """The folder with the tokens of dataset, and the tokenizer, trained if it is None. Both are kept in data/
+    and made again only for other files (by name, size and time) or another tokenizer. What is being written
+    has a temporary name until it is whole."""
+    files, name = find_files(dataset), Path(dataset).resolve().name
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = sha256(repr((stats, tokenizer.to_str() if tokenizer else vocab_size)))
-    folder = Path("data", f"{Path(dataset).resolve().name}-{key[:12]}")
+    Path("data").mkdir(exist_ok=True)
+    if tokenizer is None:
+        path = Path("data", f"{name}-{sha256(repr((stats, vocab_size)))[:12]}.json")
+        if not path.exists():
+            train_tokenizer(read_documents(files, "training the tokenizer"), vocab_size).save(f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        tokenizer = load_tokenizer(path)
+    folder = Path("data", f"{name}-{sha256(repr((stats, tokenizer.to_str())))[:12]}")
     if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
-            if tokenizer is None:
-                tokenizer = train_tokenizer(read_documents(files, "training the tokenizer"), vocab_size)
+        with tempfile.TemporaryDirectory(dir="data", prefix="unfinished-") as unfinished:
             write_tokens(read_documents(files, "tokenizing"), tokenizer, Path(unfinished), dataset)
             if not folder.exists():  # another run may have been faster
                 os.rename(unfinished, folder)
-    return folder
+    return folder, tokenizer
 
 
 @lru_cache(maxsize=2)
@@ -231,9 +233,7 @@ def get_batch(tokens, blocks, block_size: int, vocab_size: int, device: torch.de
         raise InputError(f"the data has a token id {rows.max()}, the model's vocabulary is {vocab_size}: "
                          "delete the data folder, it will be made again")
     rows = torch.from_numpy(rows)
-    if device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True)
+    rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
     return rows[:, :-1], rows[:, 1:]
 
 # -----------------------------------------------------------------------------
@@ -349,8 +349,8 @@ if __name__ == "__main__":
                          f"{config.vocab_size}: choose another --tokenizer or --model")
 
     # Data
-    folder = prepare_data(o.dataset, tokenizer, config.vocab_size)
-    meta, tokenizer = json.loads((folder / "meta.json").read_text()), load_tokenizer(folder)
+    folder, tokenizer = prepare_data(o.dataset, tokenizer, config.vocab_size)
+    meta = json.loads((folder / "meta.json").read_text())
     train_tokens, val_tokens = (np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
                                 for split in ("train", "val"))
     num_blocks = (len(train_tokens) - 1) // o.block_size
