@@ -1,8 +1,9 @@
-"""Let a SmolLM write.
+"""Let a SmolLM write, or chat with one.
 
     python sample.py                                              # from out/ckpt.pt
     python sample.py --prompt="def main" --num_samples=4
-    python sample.py --ckpt=SmolLM2-135M --temperature=0          # from a HuggingFace directory
+    python sample.py --ckpt=HuggingFaceTB/SmolLM2-135M --prompt="The capital of France is" --temperature=0
+    python sample.py --ckpt=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True --temperature=0.2 --top_p=0.9
 
 The text goes to stdout; how long it took, to stderr.
 """
@@ -16,26 +17,28 @@ import torch
 import tyro
 from tokenizers.decoders import DecodeStream
 
-from smollm import InputError, SmolLM, check_sampling, load_tokenizer, one_line_errors, pick_device
+from smollm import InputError, KVCache, SmolLM, check_sampling, load_tokenizer, one_line_errors, pick_device
 
 
 @dataclass
 class Options:
-    ckpt: str = "out/ckpt.pt"  # a ckpt.pt of train.py, or a HuggingFace directory
+    ckpt: str = "out/ckpt.pt"  # a ckpt.pt of train.py, a HuggingFace directory, or a Hub id
     prompt: str = ""  # the text to continue; empty: start from the bos token
     num_samples: int = 1  # continuations, made together as one batch
-    max_new_tokens: int = 200  # tokens of each, at most
+    max_new_tokens: int | None = None  # of each, at most; None: 200, in a chat all that fit
     temperature: float = 0.8  # 0 takes the likeliest token, 1 draws from the model's distribution
     top_k: int | None = None  # draw from so many likeliest tokens
     top_p: float | None = None  # draw from the fewest tokens that have this probability together
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CUDA device that has it
+    chat: bool = False  # talk with an instruct model, /reset forgets all; with a prompt, one answer to it
+    system: str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # heads a chat
 
 
-def stream(tokenizer, ids):
-    """Print the text of ids as they come. Bytes are held back until they make a character; those that never
-    do are shown at the end as U+FFFD, as by decoding all at once."""
+def stream(tokenizer, ids) -> list[int]:
+    """Print the text of ids as they come, and return ids. Bytes are held back until they make a character;
+    those that never do are shown at the end as U+FFFD, as by decoding all at once."""
     decoder, seen, shown = DecodeStream(skip_special_tokens=True), [], ""
     for token in ids:
         seen.append(token)
@@ -43,29 +46,14 @@ def stream(tokenizer, ids):
         shown += piece
         print(piece, end="", flush=True)
     print(tokenizer.decode(seen).removeprefix(shown))
+    return seen
 
 
-if __name__ == "__main__":
-    sys.excepthook = one_line_errors
-    o = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    check_sampling(o.temperature, o.top_k, o.top_p)
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(o, name) < 1:
-            raise InputError(f"{name} is {getattr(o, name)}, it must be at least 1")
-    device = pick_device(o.device)
-    if o.dtype == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        o.dtype = "bfloat16" if fast else "float32"
-    tokenizer = load_tokenizer(o.ckpt)
-    model = SmolLM.from_pretrained(o.ckpt, device, getattr(torch, o.dtype))
-
+def complete(model, tokenizer, o: Options, device, sampling: dict):
+    """Print o.num_samples continuations of o.prompt, one as it is made, several when they are done."""
     ids = tokenizer.encode(o.prompt, add_special_tokens=False).ids or [model.config.bos_token_id]
-    if max(ids) >= model.config.vocab_size:
-        raise InputError(f"the prompt has a token id {max(ids)}, the model's vocabulary is "
-                         f"{model.config.vocab_size}: its tokenizer belongs to another model")
-    columns = model.generate(
-        torch.tensor([ids] * o.num_samples, device=device), o.max_new_tokens, o.temperature, o.top_k, o.top_p,
-        eos_id=model.config.eos_token_id, generator=torch.Generator(device).manual_seed(o.seed))
+    columns = model.generate(torch.tensor([ids] * o.num_samples, device=device), o.max_new_tokens or 200,
+                             eos_id=model.config.eos_token_id, **sampling)
     times = [time.perf_counter()]
 
     def rows():
@@ -86,5 +74,60 @@ if __name__ == "__main__":
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     print(f"prefill: {len(ids)} tokens in {1e3 * (times[1] - times[0]):.0f} ms", file=sys.stderr)
     if steps:
-        print(f"decode: {o.num_samples * steps / seconds:.1f} tok/s, "
-              f"{size * steps / seconds:.1f} GB/s of weights read ({o.dtype}, {device})", file=sys.stderr)
+        print(f"decode: {o.num_samples * steps / seconds:.1f} tok/s, {size * steps / seconds:.1f} GB/s of "
+              f"weights read ({o.dtype}, {device})", file=sys.stderr)
+
+
+def chat(model, tokenizer, o: Options, device, sampling: dict):
+    """A conversation in ChatML. The KV cache holds what was said: a turn costs its new tokens only."""
+    end = tokenizer.token_to_id("<|im_end|>")
+    if end is None or tokenizer.token_to_id("<|im_start|>") is None:
+        raise InputError(f"{o.ckpt} has no tokens <|im_start|> and <|im_end|>: take an instruct model")
+    limit = min(model.config.max_position_embeddings, 8192)  # of memory: SmolLM3 has 65536
+    cache = KVCache(model.config, 1, limit, device, model.model.norm.weight.dtype)
+    head = f"<|im_start|>system\n{o.system}<|im_end|>\n"
+    unread, text = [], head  # tokens, then text, that the cache does not hold yet
+    while True:
+        try:
+            message = o.prompt or input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if message.strip() == "/reset":
+            cache.length, unread, text = 0, [], head
+            continue
+        message = f"{text}<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+        ids = unread + tokenizer.encode(message, add_special_tokens=False).ids
+        room = limit - cache.length - len(ids)
+        if room > 0:
+            columns = model.generate(torch.tensor([ids], device=device), min(room, o.max_new_tokens or room),
+                                     eos_id=end, cache=cache, **sampling)
+            answer = stream(tokenizer, (column.item() for column in columns))
+            unread, text = answer[-1:] + [end] * (answer[-1] != end), "\n"
+        if room < 1 or (len(answer) == room and answer[-1] != end):
+            full = f"the context of {limit} tokens is full"
+            if o.prompt:
+                raise InputError(f"{full}: shorten the prompt")
+            print(f"({full}: /reset starts a new conversation)", file=sys.stderr)
+        if o.prompt:
+            return
+
+
+if __name__ == "__main__":
+    sys.excepthook = one_line_errors
+    o = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    check_sampling(o.temperature, o.top_k, o.top_p)
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(o, name) is not None and getattr(o, name) < 1:
+            raise InputError(f"{name} is {getattr(o, name)}, it must be at least 1")
+    device = pick_device(o.device)
+    if o.dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        o.dtype = "bfloat16" if fast else "float32"
+    tokenizer = load_tokenizer(o.ckpt)
+    model = SmolLM.from_pretrained(o.ckpt, device, getattr(torch, o.dtype))
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise InputError(f"{o.ckpt} has a tokenizer of {tokenizer.get_vocab_size()} tokens and a model of "
+                         f"{model.config.vocab_size}: they don't belong together")
+    sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p,
+                "generator": torch.Generator(device).manual_seed(o.seed)}
+    (chat if o.chat else complete)(model, tokenizer, o, device, sampling)

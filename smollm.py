@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -33,9 +34,6 @@ def one_line_errors(kind, error, traceback):
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
-
-# -----------------------------------------------------------------------------
-# The model's shape
 
 
 # What a config.json may state, but no SmolLM varies.
@@ -60,10 +58,10 @@ class Config:
     eos_token_id: int = 0
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)  # only what is 0 by default may be 0
-            if type(value) not in (int, f.type) or not (0 < value < 2**31 or value == f.default == 0):
-                raise InputError(f"config: {f.name} is {value!r}, not a positive {f.type.__name__} < 2^31")
+        for f in fields(self):  # only what is 0 by default may be 0
+            value, limit = getattr(self, f.name), 1000 if f.name == "num_hidden_layers" else 2**30
+            if type(value) not in (int, f.type) or not (0 < value < limit or value == f.default == 0):
+                raise InputError(f"config: {f.name} is {value!r}, not a positive {f.type.__name__} < {limit}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads) or heads % kv_heads:
             raise InputError(f"config: hidden_size {self.hidden_size} must be a multiple of 2 x "
@@ -125,8 +123,7 @@ PRESETS = {
     "nano": Config(4096, 192, 512, 6, 6, 2, 1024, 1e4, 1e-5, 192**-0.5),
 }
 
-# -----------------------------------------------------------------------------
-# The parts, bottom up. B: batch, T: tokens, C: hidden_size, H: heads, D: head_dim, V: vocab_size
+# ---- The parts, bottom up. B: batch, T: tokens, C: hidden_size, H: heads, D: head_dim, V: vocab_size
 
 
 class RMSNorm(nn.Module):
@@ -149,9 +146,8 @@ def rope_table(position, head_dim: int, theta: float):
     """cos and sin, each (T, D) float32, of the angles by which each component turns at position (T,).
 
     Component i is paired with i + D/2, and the pair turns by position * theta^(-2i/D): RoFormer (Su et al.
-    2021, arXiv:2104.09864) in the half-split layout of HF's checkpoints. The paper pairs neighbours, 2i with
-    2i + 1, which is the same up to a permutation of the rows of q_proj and k_proj. The table is made anew in
-    every forward pass: it is no buffer that `.to(bfloat16)` could round.
+    2021, arXiv:2104.09864), but in HF's half-split layout. The paper pairs 2i with 2i + 1, which is the same
+    up to an order of q_proj's and k_proj's rows. Made in every forward pass: no buffer for .to() to round.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position[:, None].float() * (1.0 / theta**exponent)  # (T, D/2)
@@ -332,20 +328,22 @@ class SmolLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens: int, temperature=1.0, top_k: int | None = None,
-                 top_p: float | None = None, eos_id: int | None = None, generator=None):
+                 top_p: float | None = None, eos_id: int | None = None, generator=None, cache=None):
         """Continue input_ids (B, T): yields each new column (B, 1) as it is made.
 
         It ends after max_new_tokens, or when every row has met eos_id; a row that has goes on as eos_id. For
         temperature, top_k and top_p see sample_token; a torch.Generator in the same state gives the same
-        tokens. InputError, when the first column is asked for, if a value or the length is out of range.
+        tokens. With a cache, input_ids go on from what it holds, and it holds all but the last column then.
+        InputError, when the first column is asked for, if a value or the length is out of range.
         """
         check_sampling(temperature, top_k, top_p)
-        (B, T), limit = input_ids.shape, self.config.max_position_embeddings
+        (B, T), weight = input_ids.shape, self.model.embed_tokens.weight
+        limit = self.config.max_position_embeddings - (0 if cache is None else cache.length)
         if not 0 < T <= limit - max_new_tokens:
             raise InputError(f"a prompt of {T} tokens (at least 1) and {max_new_tokens} new ones must fit in "
                              f"the model's context of {limit}: shorten it or ask for fewer new ones")
-        weight = self.model.embed_tokens.weight
-        cache = KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
+        if cache is None:
+            cache = KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
         done = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
         for _ in range(max_new_tokens):
             logits, _ = self(input_ids, cache=cache)
@@ -359,25 +357,17 @@ class SmolLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=None) -> "SmolLM":
-        """From a HuggingFace directory or a ckpt.pt of train.py; dtype None means float32.
-
-        InputError names a missing or damaged file, or the first tensor that doesn't fit.
-        """
-        if Path(source).is_dir():
-            config, tensors = Config.from_hf(_read_json(Path(source, "config.json"))), _read_tensors(source)
-        else:
-            checkpoint = load_checkpoint(source)
-            config, tensors = Config(**checkpoint["config"]), checkpoint["model"].items()
+        """From a HuggingFace directory, a Hub id (owner/name, owner/name@revision) or a ckpt.pt of train.py.
+        dtype None is float32. InputError names a missing or damaged file, or the first wrong tensor."""
+        config, tensors = _read_model(local_path(source))
         with torch.device("meta"):  # shapes without memory: the loaded tensors become the parameters
             model = cls(config)
-        missing = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        state = {}
-        for name, tensor in tensors:
-            if list(tensor.shape) != (expected := missing.pop(name, None)):
-                raise InputError(f"{source}: {name} is {list(tensor.shape)}, by its config it is {expected}")
-            state[name] = tensor.to(device=device, dtype=dtype or torch.float32, copy=True)
-        if missing:
-            raise InputError(f"{source}: {len(missing)} tensors are missing, the first is {min(missing)}")
+        needed = model.state_dict()
+        for name in sorted(needed.keys() | tensors.keys()):
+            found, right = (list(d[name].shape) if name in d else "absent" for d in (tensors, needed))
+            if found != right:
+                raise InputError(f"{source}: {name} is {found}, by the config it should be {right}")
+        state = {name: tensors.pop(name).to(device, dtype or torch.float32, copy=True) for name in needed}
         model.load_state_dict(state, strict=True, assign=True)
         return model
 
@@ -396,8 +386,7 @@ class SmolLM(nn.Module):
             (directory / "tokenizer_config.json").write_text(json.dumps(hf, indent=2) + "\n")
             tokenizer.save(str(directory / "tokenizer.json"))
 
-# -----------------------------------------------------------------------------
-# Sampling
+# ---- Sampling
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None):
@@ -425,8 +414,9 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         probs = torch.zeros_like(probs).scatter(-1, ids, ranked.masked_fill(likelier >= top_p, 0))
     return torch.multinomial(probs, 1, generator=generator)
 
-# -----------------------------------------------------------------------------
-# Files and devices
+# ---- Files and devices
+
+HUB_FILES, SHARD_INDEX = ["*.safetensors", "*.json"], "model.safetensors.index.json"
 
 
 @contextmanager
@@ -438,22 +428,41 @@ def _reading(path):
         raise InputError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
 
 
-def _read_json(path: Path) -> dict:
+def local_path(source) -> Path:
+    """The path that source is. A Hub id (owner/name, owner/name@revision) is fetched to the Hub's cache."""
+    path, (name, _, revision) = Path(source), str(source).partition("@")
+    if path.exists() or name.count("/") != 1 or path.suffix in (".pt", ".json", ".gguf"):
+        return path
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise InputError(f"{source}: not here, and the Hub doesn't give it ({str(error).splitlines()[0]}); "
+                         "README.md says how to do without the Hub") from error
+
+
+def read_json(path: Path) -> dict:
     with _reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _read_tensors(directory):
-    """Yields (name, tensor) from model.safetensors, or from the shards that its index names, one by one."""
-    index = Path(directory, "model.safetensors.index.json")
-    shards = set(_read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
-    for path in sorted(Path(directory, shard) for shard in shards):
-        with _reading(path), safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no dict)
+def _read_model(path: Path) -> tuple[Config, dict]:
+    """Config and tensors, by name, of a HuggingFace directory (one model.safetensors, or the shards that its
+    index names) or of a ckpt.pt. The tensors are mapped from the disk, to be read when they are used."""
+    if not path.is_dir():
+        checkpoint = load_checkpoint(path)
+        return Config(**checkpoint["config"]), dict(checkpoint["model"])
+    config, index, tensors = Config.from_hf(read_json(path / "config.json")), path / SHARD_INDEX, {}
+    shards = read_json(index).get("weight_map", {}) if index.exists() else {"": "model.safetensors"}
+    for shard in sorted(set(map(str, shards.values()))):
+        if Path(shard).name != shard:
+            raise InputError(f"{index}: it names {shard!r}, which is no file in its folder")
+        with _reading(path / shard), safe_open(path / shard, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    return config, tensors
 
 
 def load_checkpoint(path) -> dict:
-    """The contents of a ckpt.pt of train.py; tensors stay on disk until they are used."""
+    """The contents of a ckpt.pt of train.py; its tensors are mapped from the disk."""
     with _reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not {"model", "config", "tokenizer"} <= set(checkpoint):
@@ -462,12 +471,12 @@ def load_checkpoint(path) -> dict:
 
 
 def load_tokenizer(source) -> Tokenizer:
-    """The tokenizer of a HuggingFace directory, of a tokenizer.json or of a ckpt.pt of train.py."""
-    path = Path(source, "tokenizer.json") if Path(source).is_dir() else Path(source)
-    if path.suffix != ".json":
-        return Tokenizer.from_str(load_checkpoint(path)["tokenizer"])
+    """The tokenizer of a HuggingFace directory, a Hub id, a tokenizer.json or a ckpt.pt of train.py."""
+    path = local_path(source)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    text = json.dumps(read_json(path)) if path.suffix == ".json" else load_checkpoint(path)["tokenizer"]
     with _reading(path):
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(text)
 
 
 def pick_device(name: str) -> torch.device:

@@ -303,6 +303,7 @@ def save_checkpoint(path: Path, checkpoint: dict):
 
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
+    sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once
     o = parse_options()
     ckpt_path = Path(o.out_dir, "ckpt.pt")
 
