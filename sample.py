@@ -17,7 +17,7 @@ import torch
 import tyro
 from tokenizers.decoders import DecodeStream
 
-from smollm import InputError, KVCache, SmolLM, check_sampling, load_tokenizer, one_line_errors, pick_device
+from smollm import InputError, KVCache, SmolLM, check_tokenizer, load_tokenizer, one_line_errors, pick_device
 
 
 @dataclass
@@ -78,6 +78,11 @@ def complete(model, tokenizer, o: Options, device, sampling: dict):
               f"weights read ({o.dtype}, {device})", file=sys.stderr)
 
 
+def chat_turn(role: str, content: str) -> str:
+    """ChatML."""
+    return f"<|im_start|>{role}\n{content}<|im_end|>\n"
+
+
 def chat(model, tokenizer, o: Options, device, sampling: dict):
     """A conversation in ChatML. The KV cache holds what was said: a turn costs its new tokens only."""
     end = tokenizer.token_to_id("<|im_end|>")
@@ -85,17 +90,16 @@ def chat(model, tokenizer, o: Options, device, sampling: dict):
         raise InputError(f"{o.ckpt} has no tokens <|im_start|> and <|im_end|>: take an instruct model")
     limit = min(model.config.max_position_embeddings, 8192)  # of memory: SmolLM3 has 65536
     cache = KVCache(model.config, 1, limit, device, model.model.norm.weight.dtype)
-    head = f"<|im_start|>system\n{o.system}<|im_end|>\n"
-    unread, text = [], head  # tokens, then text, that the cache does not hold yet
+    unread, text = [], chat_turn("system", o.system)  # tokens, then text, that the cache does not hold yet
     while True:
         try:
             message = o.prompt or input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
         if message.strip() == "/reset":
-            cache.length, unread, text = 0, [], head
+            cache.length, unread, text = 0, [], chat_turn("system", o.system)
             continue
-        message = f"{text}<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+        message = text + chat_turn("user", message) + "<|im_start|>assistant\n"
         ids = unread + tokenizer.encode(message, add_special_tokens=False).ids
         room = limit - cache.length - len(ids)
         if room > 0:
@@ -115,19 +119,20 @@ def chat(model, tokenizer, o: Options, device, sampling: dict):
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
     o = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    check_sampling(o.temperature, o.top_k, o.top_p)
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(o, name) is not None and getattr(o, name) < 1:
-            raise InputError(f"{name} is {getattr(o, name)}, it must be at least 1")
+    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        if getattr(o, name) is not None and not least <= getattr(o, name) < 2**63:
+            raise InputError(f"{name} is {getattr(o, name)}, it must be at least {least} and below 2^63")
+    try:
+        (o.prompt + o.system).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt and system must be UTF-8 text: {error}") from None
     device = pick_device(o.device)
     if o.dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         o.dtype = "bfloat16" if fast else "float32"
     tokenizer = load_tokenizer(o.ckpt)
     model = SmolLM.from_pretrained(o.ckpt, device, getattr(torch, o.dtype))
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise InputError(f"{o.ckpt} has a tokenizer of {tokenizer.get_vocab_size()} tokens and a model of "
-                         f"{model.config.vocab_size}: they don't belong together")
+    check_tokenizer(tokenizer, model.config)
     sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p,
                 "generator": torch.Generator(device).manual_seed(o.seed)}
     (chat if o.chat else complete)(model, tokenizer, o, device, sampling)

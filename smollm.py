@@ -29,9 +29,9 @@ class InputError(ValueError):
 
 
 def one_line_errors(kind, error, traceback):
-    """A `sys.excepthook` for scripts: an InputError is printed as its one line, a bug keeps its traceback."""
-    if issubclass(kind, InputError):
-        print(f"error: {error}", file=sys.stderr)
+    """A `sys.excepthook` for scripts: what user or machine did is told in one line, bugs keep a traceback."""
+    if issubclass(kind, InputError | OSError | KeyboardInterrupt):
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -100,24 +100,20 @@ class Config:
         """The contents of a config.json that transformers 4 and 5 both read."""
         hf = asdict(self) | FIXED | {"head_dim": self.head_dim, "pad_token_id": None}  # documents are packed
         hf["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.no_rope_layer_interval:
-            hf["no_rope_layers"] = [int(rotates) for rotates in self.rotates]  # in HF, too, 1 means: rotates
-            return hf | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}
-        del hf["no_rope_layer_interval"]
-        return hf | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-
-
-def _smollm(hidden, layers, heads, kv_heads, mlp, theta, positions):
-    return Config(49152, hidden, mlp, layers, heads, kv_heads, positions, theta, 1e-5, hidden**-0.5)
+        if not hf.pop("no_rope_layer_interval"):
+            return hf | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        hf |= {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}
+        return hf | {"no_rope_layers": [int(rotates) for rotates in self.rotates],  # 1: rotates
+                     "no_rope_layer_interval": self.no_rope_layer_interval}
 
 
 PRESETS = {
-    "smollm-135m": _smollm(576, 30, 9, 3, 1536, 1e4, 2048),
-    "smollm-360m": _smollm(960, 32, 15, 5, 2560, 1e4, 2048),
-    "smollm-1.7b": _smollm(2048, 24, 32, 32, 8192, 1e4, 2048),
-    "smollm2-135m": _smollm(576, 30, 9, 3, 1536, 1e5, 8192),
-    "smollm2-360m": _smollm(960, 32, 15, 5, 2560, 1e5, 8192),
-    "smollm2-1.7b": _smollm(2048, 24, 32, 32, 8192, 1.3e5, 8192),
+    "smollm-135m": Config(49152, 576, 1536, 30, 9, 3, 2048, 1e4, 1e-5, 576**-0.5),
+    "smollm-360m": Config(49152, 960, 2560, 32, 15, 5, 2048, 1e4, 1e-5, 960**-0.5),
+    "smollm-1.7b": Config(49152, 2048, 8192, 24, 32, 32, 2048, 1e4, 1e-5, 2048**-0.5),
+    "smollm2-135m": Config(49152, 576, 1536, 30, 9, 3, 8192, 1e5, 1e-5, 576**-0.5),
+    "smollm2-360m": Config(49152, 960, 2560, 32, 15, 5, 8192, 1e5, 1e-5, 960**-0.5),
+    "smollm2-1.7b": Config(49152, 2048, 8192, 24, 32, 32, 8192, 1.3e5, 1e-5, 2048**-0.5),
     "smollm3-3b": Config(128256, 2048, 11008, 36, 16, 4, 65536, 5e6, 1e-6, 2048**-0.5, 4, 128000, 128001),
     # small enough to learn some Python on a laptop's CPU in minutes
     "nano": Config(4096, 192, 512, 6, 6, 2, 1024, 1e4, 1e-5, 192**-0.5),
@@ -174,8 +170,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.max_length, self.static = max_length, static
         self.length = 0  # slots filled
-        self.visible = 0  # slots that the current step reads
-        self.position = None  # (T,) slots that the current step writes
+        self.visible, self.position = 0, None  # slots that the current step reads, and (T,) that it writes
 
     def advance(self, T: int):
         """Claim the next T slots. Returns the mask (T, visible) of what each sees; None: all up to itself."""
@@ -331,12 +326,10 @@ class SmolLM(nn.Module):
                  top_p: float | None = None, eos_id: int | None = None, generator=None, cache=None):
         """Continue input_ids (B, T): yields each new column (B, 1) as it is made.
 
-        It ends after max_new_tokens, or when every row has met eos_id; a row that has goes on as eos_id. For
-        temperature, top_k and top_p see sample_token; a torch.Generator in the same state gives the same
-        tokens. With a cache, input_ids go on from what it holds, and it holds all but the last column then.
-        InputError, when the first column is asked for, if a value or the length is out of range.
+        It ends after max_new_tokens, or when every row has met eos_id; a row that has goes on as eos_id. The
+        same state of generator gives the same tokens. With a cache, input_ids go on from what it holds; at
+        the end it has all but the last column. InputError, at the first column, if a value is out of range.
         """
-        check_sampling(temperature, top_k, top_p)
         (B, T), weight = input_ids.shape, self.model.embed_tokens.weight
         limit = self.config.max_position_embeddings - (0 if cache is None else cache.length)
         if not 0 < T <= limit - max_new_tokens:
@@ -375,8 +368,7 @@ class SmolLM(nn.Module):
         """Write what transformers' AutoModelForCausalLM and, with a tokenizer, AutoTokenizer load."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(self.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
         hf = self.config.to_hf() | {"torch_dtype": str(self.model.norm.weight.dtype).removeprefix("torch.")}
         (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         if tokenizer is not None:
@@ -389,21 +381,16 @@ class SmolLM(nn.Module):
 # ---- Sampling
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None):
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature is {temperature}, it must be 0 (greedy) or a positive finite number")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}, it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}, it must be above 0 and at most 1")
-
-
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw ids (B, 1) from logits (B, V): among the top_k likeliest, among the fewest that together have a
     probability of top_p (Holtzman et al. 2019, arXiv:1904.09751), or all. Temperature 0: the likeliest."""
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature is {temperature}, it must be 0 (greedy) or a positive finite number")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise InputError(f"top_k is {top_k}, it must be at least 1; top_p is {top_p}, it must be in (0, 1]")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so that nothing overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0: none overflows
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -424,8 +411,10 @@ def _reading(path):
     """Says in one line that a file is missing, damaged or of another kind, whatever its library raises."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: can't be read: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def local_path(source) -> Path:
@@ -446,37 +435,50 @@ def read_json(path: Path) -> dict:
 
 
 def _read_model(path: Path) -> tuple[Config, dict]:
-    """Config and tensors, by name, of a HuggingFace directory (one model.safetensors, or the shards that its
-    index names) or of a ckpt.pt. The tensors are mapped from the disk, to be read when they are used."""
-    if not path.is_dir():
-        checkpoint = load_checkpoint(path)
-        return Config(**checkpoint["config"]), dict(checkpoint["model"])
-    config, index, tensors = Config.from_hf(read_json(path / "config.json")), path / SHARD_INDEX, {}
-    shards = read_json(index).get("weight_map", {}) if index.exists() else {"": "model.safetensors"}
-    for shard in sorted(set(map(str, shards.values()))):
-        if Path(shard).name != shard:
-            raise InputError(f"{index}: it names {shard!r}, which is no file in its folder")
-        with _reading(path / shard), safe_open(path / shard, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    return config, tensors
+    """Config and tensors, by name, of a HuggingFace directory (model.safetensors, or an index's shards) or of
+    a ckpt.pt. The tensors are mapped from the disk, to be read when they are used."""
+    with _reading(path):
+        if not path.is_dir():
+            checkpoint = load_checkpoint(path)
+            return Config(**checkpoint["config"]), dict(checkpoint["model"])
+        config, shards, tensors = Config.from_hf(read_json(path / "config.json")), {"model.safetensors"}, {}
+        if not (path / "model.safetensors").exists() and (path / SHARD_INDEX).exists():
+            shards = set(read_json(path / SHARD_INDEX)["weight_map"].values())
+        for shard in sorted(shards):
+            if Path(shard).name != shard:
+                raise ValueError(f"its index names {shard!r}, which is no file in this folder")
+            with _reading(path / shard), safe_open(path / shard, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        return config, tensors
 
 
 def load_checkpoint(path) -> dict:
     """The contents of a ckpt.pt of train.py; its tensors are mapped from the disk."""
     with _reading(path):
+        if Path(path).suffix == ".gguf":
+            raise ValueError("first make it a folder: python tools/convert.py FILE.gguf FOLDER")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not {"model", "config", "tokenizer"} <= set(checkpoint):
             raise ValueError("it is no checkpoint of train.py")
-    return checkpoint
+        return checkpoint
 
 
 def load_tokenizer(source) -> Tokenizer:
     """The tokenizer of a HuggingFace directory, a Hub id, a tokenizer.json or a ckpt.pt of train.py."""
     path = local_path(source)
     path = path / "tokenizer.json" if path.is_dir() else path
-    text = json.dumps(read_json(path)) if path.suffix == ".json" else load_checkpoint(path)["tokenizer"]
     with _reading(path):
-        return Tokenizer.from_str(text)
+        text = path.read_text("utf-8") if path.suffix == ".json" else load_checkpoint(path)["tokenizer"]
+        tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Config):
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if not 0 < size <= config.vocab_size:
+        raise InputError(f"the tokenizer has {size} tokens, the model {config.vocab_size}: they don't fit")
 
 
 def pick_device(name: str) -> torch.device:
@@ -484,7 +486,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        torch.zeros(1, device=name).item()  # which 'meta' has not
+        return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
 

