@@ -8,6 +8,7 @@
 The text goes to stdout; how long it took, to stderr.
 """
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ def chat(model, tokenizer, o: Options, device, sampling: dict):
 
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # be quiet when `| head` has seen enough
     o = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
         if getattr(o, name) is not None and not least <= getattr(o, name) < 2**63:

@@ -852,7 +852,8 @@ def varied_strings(count: int) -> list[str]:
     rng = random.Random(0)
     parts = ["def f(x):\n    return x ** 2", "漢字かな交じり文", "🙂👩‍👩‍👧‍👦🇨🇭", "1234567890", "3.14e-10",
              "\t\t" + " " * 9, "\r\n", "\n\n\n", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>",
-             "\x00\x01\x7f", "é̂ñ", "Привет, мир", "שלום", "don't we'll I'M", "...!?---", "http://a.b/c?d=e&f", "x" * 40,
+             "\x00\x01\x7f", "é̂ñ", "Привет, мир", "שלום", "don't we'll I'M", "...!?---",
+             "http://a.b/c?d=e&f", "x" * 40,
              "\u200b\u00a0", "½²٣", "<|im_", "|>", "a b  c"]
 
     def part():
@@ -980,7 +981,7 @@ def test_chat_turns_cost_their_new_tokens_and_add_up_to_the_whole_conversation(t
     answers = text.split("<|im_start|>assistant\n")[1:]
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n")
     assert answers[0].endswith("<|im_end|>\n<|im_start|>user\nAnd again<|im_end|>\n")
-    assert [len(ids) for ids in seen].count(1) == 8  # of 2 answers of 5 tokens, the last waits for the next turn
+    assert [len(ids) for ids in seen].count(1) == 8  # of each answer of 5 tokens, the last is fed later
 
 
 @needs_weights

@@ -85,7 +85,7 @@ def parse_options(default: Options | None = None) -> Options:
             raise InputError(f"{name} is {value}, it must be at least {least} and below {limit}")
     warmup = o.max_iters // 50 if o.warmup_iters is None else o.warmup_iters
     decay = o.max_iters // 5 if o.decay_iters is None else o.decay_iters
-    if warmup + decay * (o.schedule == "wsd") > o.max_iters:
+    if (default or o.init_from != "resume") and warmup + decay * (o.schedule == "wsd") > o.max_iters:
         raise InputError(f"warmup_iters {warmup} and decay_iters {decay} exceed max_iters {o.max_iters}")
     return replace(o, warmup_iters=warmup, decay_iters=decay)
 
