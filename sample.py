@@ -97,7 +97,7 @@ def chat(model, tokenizer, o: Options, device, sampling: dict):
             message = o.prompt or input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        if message.strip() == "/reset":
+        if message.strip() == "/reset" and not o.prompt:
             cache.length, unread, text = 0, [], chat_turn("system", o.system)
             continue
         message = text + chat_turn("user", message) + "<|im_start|>assistant\n"
@@ -119,6 +119,7 @@ def chat(model, tokenizer, o: Options, device, sampling: dict):
 
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # be quiet when `| head` has seen enough
     o = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)

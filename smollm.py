@@ -3,10 +3,7 @@
 The architecture is Llama's, as HuggingFace's SmolLM, SmolLM2 and SmolLM3 use it: RMSNorm before each half of
 a block, rotary positions, grouped-query attention, a SwiGLU MLP, no biases, and one matrix that is both the
 embedding and the output head. Modules have the names of the published checkpoints, so their tensors load
-here, and ours in `transformers`, without renaming or permuting anything.
-
-`python smollm.py` prints the module tree and the parameter count.
-"""
+here, and ours in `transformers`, without renaming or permuting anything. `python smollm.py` prints the tree."""
 
 import json
 import math
@@ -58,8 +55,9 @@ class Config:
     eos_token_id: int = 0
 
     def __post_init__(self):
+        limits = {"num_hidden_layers": 1000, "bos_token_id": self.vocab_size, "eos_token_id": self.vocab_size}
         for f in fields(self):  # only what is 0 by default may be 0
-            value, limit = getattr(self, f.name), 1000 if f.name == "num_hidden_layers" else 2**30
+            value, limit = getattr(self, f.name), limits.get(f.name, 2**30)
             if type(value) not in (int, f.type) or not (0 < value < limit or value == f.default == 0):
                 raise InputError(f"config: {f.name} is {value!r}, not a positive {f.type.__name__} < {limit}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -84,13 +82,15 @@ class Config:
             raise InputError(f"config: model_type is {hf.get('model_type')!r}, not llama or smollm3")
         smollm3 = hf["model_type"] == "smollm3"
         # HF's own defaults, the file, and what transformers 5 keeps in rope_parameters and 4 kept at the top
-        defaults = {"tie_word_embeddings": smollm3, "no_rope_layer_interval": 4 if smollm3 else 0}
-        hf = defaults | hf | (hf.get("rope_parameters") or {})
+        defaults = {"tie_word_embeddings": smollm3, "no_rope_layer_interval": 4 if smollm3 else 0,
+                    "bos_token_id": 128000 if smollm3 else 1, "eos_token_id": 128001 if smollm3 else 2}
+        hf = defaults | {k: v for k, v in hf.items() if v is not None} | (hf.get("rope_parameters") or {})
         config = cls(**{f.name: hf[f.name] for f in fields(cls) if hf.get(f.name) is not None})
         if missing := [f.name for f in fields(cls)[:9] if hf.get(f.name) is None]:
             raise InputError(f"config: {missing[0]} is missing")
-        implemented = FIXED | {"head_dim": config.head_dim, "rope_type": "default", "rope_scaling": None,
-                               "use_sliding_window": False, "no_rope_layers": config.rotates}
+        implemented = FIXED | {"head_dim": config.head_dim, "no_rope_layers": config.rotates,
+                               "rope_scaling": None, "rope_type": "default", "type": "default", "factor": 1,
+                               "partial_rotary_factor": 1, "use_sliding_window": False}
         for name, value in implemented.items():
             if hf.get(name) not in (None, value):
                 raise InputError(f"config: {name} is {hf[name]!r}, implemented is {value!r}")
@@ -115,8 +115,7 @@ PRESETS = {
     "smollm2-360m": Config(49152, 960, 2560, 32, 15, 5, 8192, 1e5, 1e-5, 960**-0.5),
     "smollm2-1.7b": Config(49152, 2048, 8192, 24, 32, 32, 8192, 1.3e5, 1e-5, 2048**-0.5),
     "smollm3-3b": Config(128256, 2048, 11008, 36, 16, 4, 65536, 5e6, 1e-6, 2048**-0.5, 4, 128000, 128001),
-    # small enough to learn some Python on a laptop's CPU in minutes
-    "nano": Config(4096, 192, 512, 6, 6, 2, 1024, 1e4, 1e-5, 192**-0.5),
+    "nano": Config(4096, 192, 512, 6, 6, 2, 1024, 1e4, 1e-5, 192**-0.5),  # for minutes on a laptop's CPU
 }
 
 # ---- The parts, bottom up. B: batch, T: tokens, C: hidden_size, H: heads, D: head_dim, V: vocab_size
@@ -163,8 +162,7 @@ class KVCache:
     A step attends to the filled slots alone. With static=True, every step after the first attends to all
     slots under a mask instead: then no shape changes from step to step, and one compiled graph serves all.
     """
-    def __init__(self, config: Config, batch_size: int, max_length: int, device=None, dtype=None,
-                 static: bool = False):
+    def __init__(self, config, batch_size: int, max_length: int, device=None, dtype=None, static=False):
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.zeros(config.num_hidden_layers, *shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
@@ -195,7 +193,6 @@ class Attention(nn.Module):
     """Causal attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
 
     Neighbouring query heads share a key/value head. In SmolLM-135M:
-
         query      0 1 2   3 4 5   6 7 8
         key/value    0       1       2
     """
@@ -331,12 +328,11 @@ class SmolLM(nn.Module):
         the end it has all but the last column. InputError, at the first column, if a value is out of range.
         """
         (B, T), weight = input_ids.shape, self.model.embed_tokens.weight
-        limit = self.config.max_position_embeddings - (0 if cache is None else cache.length)
+        limit = self.config.max_position_embeddings - (cache.length if cache else 0)
         if not 0 < T <= limit - max_new_tokens:
             raise InputError(f"a prompt of {T} tokens (at least 1) and {max_new_tokens} new ones must fit in "
                              f"the model's context of {limit}: shorten it or ask for fewer new ones")
-        if cache is None:
-            cache = KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
+        cache = cache or KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
         done = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
         for _ in range(max_new_tokens):
             logits, _ = self(input_ids, cache=cache)
@@ -358,16 +354,15 @@ class SmolLM(nn.Module):
         needed = model.state_dict()
         for name in sorted(needed.keys() | tensors.keys()):
             found, right = (list(d[name].shape) if name in d else "absent" for d in (tensors, needed))
-            if found != right:
-                raise InputError(f"{source}: {name} is {found}, by the config it should be {right}")
+            if found != right or not tensors[name].is_floating_point():
+                raise InputError(f"{source}: {name} is {found}, by its config it is {right}, floats")
         state = {name: tensors.pop(name).to(device, dtype or torch.float32, copy=True) for name in needed}
         model.load_state_dict(state, strict=True, assign=True)
         return model
 
     def save_pretrained(self, directory, tokenizer: Tokenizer | None = None):
         """Write what transformers' AutoModelForCausalLM and, with a tokenizer, AutoTokenizer load."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
         hf = self.config.to_hf() | {"torch_dtype": str(self.model.norm.weight.dtype).removeprefix("torch.")}
         (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
@@ -406,6 +401,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 HUB_FILES, SHARD_INDEX = ["*.safetensors", "*.json"], "model.safetensors.index.json"
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 @contextmanager
 def _reading(path):
     """Says in one line that a file is missing, damaged or of another kind, whatever its library raises."""
@@ -414,7 +413,7 @@ def _reading(path):
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: can't be read: {(str(error) or repr(error)).splitlines()[0]}") from error
+        raise InputError(f"{path}: can't be read: {first_line(error)}") from error
 
 
 def local_path(source) -> Path:
@@ -425,8 +424,8 @@ def local_path(source) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
     except Exception as error:
-        raise InputError(f"{source}: not here, and the Hub doesn't give it ({str(error).splitlines()[0]}); "
-                         "README.md says how to do without the Hub") from error
+        raise InputError(f"{source}: not here, and the Hub doesn't give it ({first_line(error)}); README.md "
+                         "says how to do without the Hub") from error
 
 
 def read_json(path: Path) -> dict:
@@ -458,7 +457,8 @@ def load_checkpoint(path) -> dict:
         if Path(path).suffix == ".gguf":
             raise ValueError("first make it a folder: python tools/convert.py FILE.gguf FOLDER")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"model", "config", "tokenizer"} <= set(checkpoint):
+        tensors = {"config", "tokenizer"} <= set(checkpoint) and checkpoint["model"].items()
+        if not tensors or not all(type(k) is str and t.layout == torch.strided for k, t in tensors):
             raise ValueError("it is no checkpoint of train.py")
         return checkpoint
 
@@ -489,7 +489,7 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=name).item()  # which 'meta' has not
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device {name!r} can't be used here: {first_line(error)}") from None
 
 
 if __name__ == "__main__":

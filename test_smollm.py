@@ -189,8 +189,15 @@ def test_both_spellings_of_theta_are_read_and_what_is_not_implemented_is_refused
                         ("num_key_value_heads", 4), ("num_hidden_layers", 1.5), ("intermediate_size", None)):
         with pytest.raises(InputError, match=name):
             Config.from_hf(v4 | {name: value})
-    with pytest.raises(InputError, match="rope_type"):
-        Config.from_hf(hf | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})
+    for name, value in (("rope_type", "yarn"), ("type", "linear"), ("factor", 2.0),
+                        ("partial_rotary_factor", 0.5)):
+        with pytest.raises(InputError, match=name):
+            Config.from_hf(hf | {"rope_parameters": {"rope_theta": 1e4, name: value}})
+    for name in ("bos_token_id", "eos_token_id"):
+        with pytest.raises(InputError, match=name):
+            Config.from_hf(hf | {name: 49152})
+    silent = {key: value for key, value in smollm3.to_hf().items() if not key.endswith("_token_id")}
+    assert Config.from_hf(silent) == Config.from_hf(silent | {"eos_token_id": None}) == smollm3
     with pytest.raises(InputError, match="no_rope_layers"):
         Config.from_hf(smollm3.to_hf() | {"no_rope_layers": [1] * 36})
     with pytest.raises(InputError, match="tie_word_embeddings"):  # a Llama config that omits it is untied
@@ -960,6 +967,14 @@ def test_chat_remembers_resets_and_says_when_its_context_is_full(real, tmp_path)
     assert "the context of 70 tokens is full: /reset" in full.stderr
 
 
+@pytest.mark.parametrize("prompt", ["/reset", ""])
+def test_chat_ends_whatever_it_is_told(prompt, trained, tmp_path):
+    command = [sys.executable, ROOT / "sample.py", f"--ckpt={trained / 'out' / 'ckpt.pt'}", "--chat=True",
+               "--max_new_tokens=3", f"--prompt={prompt}"]
+    result = subprocess.run(command, cwd=tmp_path, input=b"hi\xff\n", capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
 def test_chat_turns_cost_their_new_tokens_and_add_up_to_the_whole_conversation(trained, tmp_path):
     ckpt = trained / "out" / "ckpt.pt"
     model, tokenizer = SmolLM.from_pretrained(ckpt), load_tokenizer(ckpt)
@@ -1104,6 +1119,7 @@ def malformed(folder: Path, bad: Path) -> dict:
 
     other = header[down]
     return {
+        "weights that are whole numbers": st({norm: header[norm] | {"dtype": "I32"}}),
         "cut short in the data": raw(weights[:-10]), "cut short in the header": raw(weights[:100]),
         "empty": raw(b""), "seven bytes": raw(b"\x01\0\0\0\0\0\0"), "over-long": raw(weights + b"\0" * 8),
         "a header of 2^60 bytes": raw((2**60).to_bytes(8, "little") + weights[8:]),
@@ -1172,6 +1188,15 @@ def test_malformed_checkpoints_and_gguf_files_are_refused_in_one_line(valid, tmp
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"model": {}, "config": {"depth": 3}, "tokenizer": ""}, tmp_path / "config.pt")
     torch.save({"model": 3, "config": {}, "tokenizer": ""}, tmp_path / "number.pt")
+    checkpoint, norm = torch.load(tmp_path / "good.pt", weights_only=True), "model.norm.weight"
+    for name, change in {"text": {norm: "text"}, "int key": {7: torch.zeros(3)},
+                         "whole": {norm: torch.zeros(48).int()},
+                         "sparse": {norm: torch.ones(48).to_sparse()}}.items():
+        torch.save(checkpoint | {"model": checkpoint["model"] | change}, tmp_path / f"{name}.pt")
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"vocab_size": 999}}, tmp_path / "rows.pt")
+    larger = load_tokenizer(valid)
+    larger.add_tokens(["one more"])
+    torch.save(checkpoint | {"tokenizer": larger.to_str()}, tmp_path / "tokenizer.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Payload(bad)))
     for name, contents in {
         "cut.pt": data[:-1000], "empty.pt": b"", "pickle.gguf": pickle.dumps(Payload(bad)), "empty.gguf": b"",
@@ -1186,7 +1211,7 @@ def test_malformed_checkpoints_and_gguf_files_are_refused_in_one_line(valid, tmp
     }.items():
         (tmp_path / name).write_bytes(contents)
     files = [path for path in tmp_path.iterdir() if path.is_file() and path.stem != "good"]
-    assert len(files) == 20
+    assert len(files) == 26
     for path in files:
         with pytest.raises(InputError) as error:
             convert.read(str(path))
@@ -1194,6 +1219,33 @@ def test_malformed_checkpoints_and_gguf_files_are_refused_in_one_line(valid, tmp
         assert not bad.exists(), path
     with pytest.raises(InputError, match=r"convert\.py"):
         SmolLM.from_pretrained(tmp_path / "good.gguf")
+
+
+def test_gguf_keeps_added_tokens_and_refuses_tokenizers_that_split_otherwise(valid, tmp_path):
+    model, tokenizer = make(dataclasses.replace(TINY, vocab_size=1001)), load_tokenizer(valid)
+    tokenizer.add_tokens(["<think>"])
+    convert.write(tmp_path / "a.gguf", model, tokenizer, None, "float32")
+    back = convert.read(str(tmp_path / "a.gguf"))[1]
+    for text in ("a <think> b", "<|im_end|><think>"):
+        assert back.encode(text).ids == tokenizer.encode(text).ids
+        assert back.decode(back.encode(text).ids) == tokenizer.decode(tokenizer.encode(text).ids)
+    contents = json.loads(tokenizer.to_str())
+    digits, byte_level = contents["pre_tokenizer"]["pretokenizers"]
+    for change in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": byte_level},
+                   *({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}} for steps in (
+                       [digits | {"individual_digits": False}, byte_level], [byte_level, digits],
+                       [digits, byte_level | {"add_prefix_space": True}],
+                       [digits, byte_level | {"use_regex": False}]))):
+        other = Tokenizer.from_str(json.dumps(contents | change))
+        with pytest.raises(InputError, match="split text differently"):
+            convert.write(tmp_path / "b.gguf", model, other, None, "float32")
+
+
+def test_chat_templates_that_are_no_string_are_refused(valid, tmp_path):
+    path = valid / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": [{"name": "default"}]}))
+    with pytest.raises(InputError, match="chat_template is a list"):
+        convert.read(str(valid))
 
 
 def test_fuzzed_files_load_right_or_are_refused():

@@ -11,6 +11,7 @@ A source may also be a Hub id such as HuggingFaceTB/SmolLM2-135M. The target's n
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from smollm import Config, InputError, SmolLM, load_tokenizer, local_path, one_line_errors, read_json
+from smollm import (Config, InputError, SmolLM, check_tokenizer, first_line, load_tokenizer, local_path,
+                    one_line_errors, read_json)
 
 DTYPES = {"float32": Quantization.F32, "float16": Quantization.F16, "bfloat16": Quantization.BF16,
           "q8_0": Quantization.Q8_0}
@@ -142,15 +144,17 @@ def read_gguf_tokenizer(reader: Reader) -> Tokenizer:
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"its tokenizer is {'/'.join(kind)}, implemented is gpt2/smollm")
     tokens, types = reader.value("tokenizer.ggml.tokens"), reader.value("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in reader.value("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in reader.value("tokenizer.ggml.merges", [])]
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
              if kind != gguf.TokenType.UNUSED}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
+            special = kind == gguf.TokenType.CONTROL
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
     return tokenizer
 
 
@@ -172,6 +176,7 @@ def read_gguf(path: Path) -> tuple[SmolLM, Tokenizer, str | None]:
             if found != right:
                 raise ValueError(f"{name} is {found}, by its config it should be {right}")
         tokenizer = read_gguf_tokenizer(reader)
+        check_tokenizer(tokenizer, config)
         tensors, state = {tensor.name: tensor for tensor in reader.tensors}, {}
         for name, theirs in names.items():
             weight = gguf.dequantize(tensors[theirs].data, tensors[theirs].tensor_type)
@@ -180,7 +185,7 @@ def read_gguf(path: Path) -> tuple[SmolLM, Tokenizer, str | None]:
             state[name] = torch.from_numpy(np.array(weight, dtype=np.float32))
         template = reader.value("tokenizer.chat_template", "")
     except Exception as error:  # of many types, for a file that is missing, damaged or of another kind
-        raise InputError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: can't be read: {first_line(error)}") from error
     model.load_state_dict(state, strict=True, assign=True)
     return model, tokenizer, template or None
 
@@ -196,12 +201,15 @@ def read(source: str) -> tuple[SmolLM, Tokenizer, str | None]:
     if path.suffix == ".gguf":
         return read_gguf(path)
     tokenizer, model, template = load_tokenizer(path), SmolLM.from_pretrained(path), None
+    check_tokenizer(tokenizer, model.config)
     if (path / "chat_template.jinja").exists():
-        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        template = (path / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     elif (path / "tokenizer_config.json").exists():
         template = read_json(path / "tokenizer_config.json").get("chat_template")
     elif tokenizer.id_to_token(model.config.eos_token_id) == "<|im_end|>":  # a ckpt.pt that was tuned to chat
         template = CHATML
+    if not isinstance(template, str | None):
+        raise InputError(f"{path}: its chat_template is a {type(template).__name__}, not one string")
     return model, tokenizer, template
 
 # ---- Write
@@ -243,18 +251,21 @@ def write_gguf(path: Path, model: SmolLM, tokenizer: Tokenizer, template: str | 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Config, tokenizer: Tokenizer, template: str | None):
     contents = json.loads(tokenizer.to_str())
-    before = contents["pre_tokenizer"] or {}
-    steps = [step["type"] for step in before.get("pretokenizers", [])]
-    if contents["model"]["type"] != "BPE" or steps != ["Digits", "ByteLevel"]:
+    steps = (contents["pre_tokenizer"] or {}).get("pretokenizers", [])
+    told = [{key: value for key, value in step.items() if key in ("type", "individual_digits", "use_regex",
+                                                                  "add_prefix_space")} for step in steps]
+    as_smollm = [{"type": "Digits", "individual_digits": True},
+                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
+    if contents["model"]["type"] != "BPE" or contents["normalizer"] is not None or told != as_smollm:
         raise InputError("the tokenizer is no byte-level BPE that splits digits one by one, as SmolLM's is: "
                          "llama.cpp would split text differently")
-    special = {token["id"] for token in contents["added_tokens"] if token["special"]}
+    added = {token["id"]: gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+             for token in contents["added_tokens"]}
     tokens, types = [], []
     for i in range(config.vocab_size):  # llama.cpp wants a token for every row of the embedding
         token = tokenizer.id_to_token(i)
         tokens.append(f"[UNUSED{i}]" if token is None else token)
-        types.append(gguf.TokenType.UNUSED if token is None else
-                     gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL)
+        types.append(gguf.TokenType.UNUSED if token is None else added.get(i, gguf.TokenType.NORMAL))
     merges = contents["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -273,6 +284,7 @@ def write(target: Path, model: SmolLM, tokenizer: Tokenizer, template: str | Non
     """Write to a temporary name beside target, and rename when it is whole."""
     unfinished = target.with_name(f"unfinished-{target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was cut off
     if target.suffix == ".gguf":
         write_gguf(unfinished, model, tokenizer, template, dtype)
     else:
