@@ -3,7 +3,7 @@
 The architecture is Llama's, as HuggingFace's SmolLM, SmolLM2 and SmolLM3 use it: RMSNorm before each half of
 a block, rotary positions, grouped-query attention, a SwiGLU MLP, no biases, and one matrix that is both the
 embedding and the output head. Modules have the names of the published checkpoints, so their tensors load
-here, and ours in `transformers`, without renaming or permuting anything. `python smollm.py` prints the tree."""
+here, and ours in `transformers`, without renaming or permuting anything. `python smollm.py` prints it."""
 
 import json
 import math
