@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import smollm
 from smollm import SHARD_INDEX, Config, InputError, SmolLM, load_tokenizer
 from tools import convert
-from train import train_tokenizer
+from tools.prepare import train_tokenizer
 
 SECONDS = 30  # a case that takes longer hangs
 CONFIG = Config(320, 48, 64, 2, 6, 2, 128, initializer_range=0.1)

@@ -1,0 +1,90 @@
+"""Prepare corpora of two sizes: how fast, in how much memory, and whether twice gives the same.
+
+    python bench/data.py --tokens 20_000_000 100_000_000
+
+The text is made of lines of Python's standard library, drawn at random, in parquet files with the columns of
+cosmopedia-v2, and its tokenizer is trained on it. tools/prepare.py is timed as a whole process, less what it
+takes when there is nothing left to do. Exits with 1 if preparing twice differs.
+"""
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.prepare import train_tokenizer
+
+SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "prepare.py"
+DOCUMENT, SHARD = 60, 20_000  # lines, about 700 tokens; documents
+
+
+@dataclass
+class Options:
+    tokens: list[int] = field(default_factory=lambda: [20_000_000, 100_000_000])  # prepared, of each corpus
+
+
+def write_corpus(folder: Path, tokens: int, lines: list[str]):
+    """Shards of parquet, with more text than tokens takes."""
+    rng, folder = random.Random(0), Path(folder)
+    folder.mkdir()
+    for shard in range(tokens // (SHARD * 450) + 1):
+        texts = ["".join(rng.choices(lines, k=DOCUMENT)) for _ in range(SHARD)]
+        columns = {name: ["x"] * SHARD for name in ("prompt", "audience", "format", "seed_data")}
+        table = pyarrow.table({"text": texts, "token_length": [0] * SHARD} | columns)
+        pyarrow.parquet.write_table(table, folder / f"{shard:05}.parquet", row_group_size=1000)
+
+
+def prepare(cwd: Path, corpus: Path, tokenizer: Path, tokens: int) -> tuple[float, float, str]:
+    """Seconds, peak memory in GB and the last line printed of tools/prepare.py, run in cwd."""
+    command = [sys.executable, SCRIPT, f"--dataset={corpus}", f"--tokenizer={tokenizer}",
+               f"--max_tokens={tokens}"]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True)
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, out
+    return time.perf_counter() - start, usage.ru_maxrss / 1e6, out.splitlines()[-1]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("data/*/*")}
+
+
+def main():
+    o, same = tyro.cli(Options, description=__doc__, use_underscores=True), True
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    lines = [line for file in files for line in file.read_text(errors="ignore").splitlines(keepends=True)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = folder / "tokenizer.json"
+        train_tokenizer(lines, 49152).save(str(tokenizer))
+        for tokens in o.tokens:
+            write_corpus(folder / f"{tokens}", tokens, lines)
+            runs, results = [folder / f"{tokens}-{run}" for run in "ab"], []
+            for run in runs:
+                run.mkdir()
+                results.append(prepare(run, folder / f"{tokens}", tokenizer, tokens))
+            seconds, memory, said = results[0]
+            made = contents(runs[0])
+            idle, start, _ = prepare(runs[0], folder / f"{tokens}", tokenizer, tokens)
+            same = same and made == contents(runs[0]) == contents(runs[1])
+            count = int(said.split()[1].replace(",", ""))
+            rate = count / (seconds - idle)
+            print(f"{said}\n{rate:,.0f} tokens/s; peak memory {memory - start:.2f} GB over the start; again "
+                  f"in {idle:.1f} s; the same bytes when made anew: {same}", flush=True)
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
