@@ -1,13 +1,13 @@
 """SmolLM from scratch: the whole model in one file, to be read from top to bottom.
 
 The architecture is Llama's, as HuggingFace's SmolLM, SmolLM2 and SmolLM3 use it: RMSNorm before each half of
-a block, rotary positions, grouped-query attention, a SwiGLU MLP, no biases, and one matrix that is both the
-embedding and the output head. Modules have the names of the published checkpoints, so their tensors load
-here, and ours in `transformers`, without renaming or permuting anything. `python smollm.py` prints it."""
+a block, rotary positions, grouped-query attention, a SwiGLU MLP, no biases, and one matrix as embedding and
+output head. Modules have the names of the published checkpoints: tensors travel to and fro as they are."""
 
 import json
 import math
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -142,8 +142,7 @@ def rope_table(position, head_dim: int, theta: float):
 
     Component i is paired with i + D/2, and the pair turns by position * theta^(-2i/D): RoFormer (Su et al.
     2021, arXiv:2104.09864), but in HF's half-split layout. The paper pairs 2i with 2i + 1, which is the same
-    up to an order of q_proj's and k_proj's rows. Made in every forward pass: no buffer for .to() to round.
-    """
+    up to an order of q_proj's and k_proj's rows. Made in every forward pass: no buffer for .to() to round."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position[:, None].float() * (1.0 / theta**exponent)  # (T, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (T, D)
@@ -424,8 +423,7 @@ def local_path(source) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
     except Exception as error:
-        raise InputError(f"{source}: not here, and the Hub doesn't give it ({first_line(error)}); README.md "
-                         "says how to do without the Hub") from error
+        raise InputError(f"{source}: not here, nor on the Hub ({first_line(error)}): see README") from error
 
 
 def read_json(path: Path) -> dict:
@@ -451,11 +449,13 @@ def _read_model(path: Path) -> tuple[Config, dict]:
         return config, tensors
 
 
-def load_checkpoint(path) -> dict:
-    """The contents of a ckpt.pt of train.py; its tensors are mapped from the disk."""
+def load_checkpoint(path, check=True) -> dict:
+    """The contents of a ckpt.pt of train.py, checked by its checksums; tensors are mapped from the disk."""
     with _reading(path):
         if Path(path).suffix == ".gguf":
             raise ValueError("first make it a folder: python tools/convert.py FILE.gguf FOLDER")
+        if check and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"its checksums don't fit: {damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         tensors = {"config", "tokenizer"} <= set(checkpoint) and checkpoint["model"].items()
         if not tensors or not all(type(k) is str and t.layout == torch.strided for k, t in tensors):
@@ -468,7 +468,7 @@ def load_tokenizer(source) -> Tokenizer:
     path = local_path(source)
     path = path / "tokenizer.json" if path.is_dir() else path
     with _reading(path):
-        text = path.read_text("utf-8") if path.suffix == ".json" else load_checkpoint(path)["tokenizer"]
+        text = path.read_text("utf8") if path.suffix == ".json" else load_checkpoint(path, False)["tokenizer"]
         tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -2,17 +2,15 @@
 
     python train.py --batch_size=8 --max_iters=5000    # the 135M model; for a small one see README.md
     python train.py --init_from=resume                 # go on from out/ckpt.pt
+    torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps=64    # on eight GPUs
 """
 
 import copy
-import hashlib
-import itertools
 import json
 import math
 import os
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from contextlib import nullcontext
@@ -23,12 +21,17 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smollm import (PRESETS, InputError, SmolLM, check_tokenizer, load_checkpoint, load_tokenizer,
+from smollm import (PRESETS, InputError, SmolLM, check_tokenizer, load_checkpoint, load_tokenizer, local_path,
                     one_line_errors, pick_device)
+from tools.plot import plot
+from tools.prepare import WINDOW, end_of_text, prepare_data
 
 # ---- Options: the comments are their help
 
@@ -40,11 +43,15 @@ class Options:
     init_from: str = "scratch"  # scratch, resume (out_dir's ckpt.pt), or a HuggingFace folder, Hub id or *.pt
     model: str = "smollm2-135m"  # from scratch: a preset of smollm.py, nano, smollm-135m, smollm2-360m, ...
     # data
-    dataset: str = "stdlib"  # Python's own standard library, a text file, or a folder of .txt, .md, .py files
-    tokenizer: str | None = None  # a tokenizer.json, or a folder with one; None: train a BPE on the dataset
+    dataset: str = "stdlib"  # Python's standard library; cosmopedia, fineweb-edu, smollm-corpus or another
+    #                          Hub id; or a file or folder of .txt, .md, .py, .jsonl or .parquet files
+    dataset_config: str | None = None  # of a Hub id, where it has several
+    text_column: str = "text"  # of the Hub's data, and of .jsonl and .parquet files
+    max_tokens: int | None = None  # train on so many, again and again; None: as many as max_iters will read
+    tokenizer: str | None = None  # file, folder or Hub id; None: cosmo2-tokenizer for Hub data, else trained
     block_size: int = 512  # tokens in a sequence
     batch_size: int = 8  # sequences in a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches in a step
+    gradient_accumulation_steps: int = 1  # micro-batches in a step, those of all processes together
     # AdamW
     max_iters: int = 5000  # steps
     learning_rate: float = 5e-4  # the peak
@@ -63,7 +70,7 @@ class Options:
     # machine
     seed: int = 0  # of the initial weights and of the order of the data
     device: str = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where its matmul is 1.5x faster
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: 16 bits if 1.5x as fast
     compile: bool | None = None  # torch.compile; None: on CUDA only
     # check
     overfit: bool = False  # train on one fixed batch until its loss is near zero; saves nothing
@@ -103,125 +110,22 @@ def lr_at(step: int, o: Options) -> float:
         return o.learning_rate * (1 - math.sqrt(decayed / o.decay_iters))
     return o.learning_rate
 
-# ---- Data: files -> documents -> tokens, packed in two flat files -> blocks -> batches
+# ---- Data: tools/prepare.py makes the tokens; here are blocks of them, and batches of blocks
 
 
-SPECIAL_TOKENS = [  # the first ids of SmolLM's vocabulary
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>",
-    "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>", "<jupyter_text>",
-    "<jupyter_code>", "<jupyter_output>", "<jupyter_script>", "<empty_output>"]
+@lru_cache(maxsize=4)
+def window_order(seed: int, epoch: int, window: int, size: int):
+    return np.random.default_rng((seed, epoch, window)).permutation(size)
 
 
-def find_files(dataset: str) -> list[Path]:
-    path = Path(sysconfig.get_path("stdlib")) if dataset == "stdlib" else Path(dataset)
-    if path.is_file():
-        return [path]
-    suffixes = {".py"} if dataset == "stdlib" else {".txt", ".md", ".py"}
-    files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file()
-                   and not {"site-packages", "dist-packages"} & set(file.relative_to(path).parts))
-    if not files:
-        what = f"has no {', '.join(sorted(suffixes))} files" if path.exists() else "does not exist"
-        raise InputError(f"dataset {dataset!r} {what}: name a text file, a folder of some, or 'stdlib'")
-    return files
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_documents(files: list[Path], doing: str):
-    """Yields texts: the files of a folder whole, a single file in pieces of 16,000 to 32,000 characters."""
-    for file in tqdm(files, desc=doing, unit="file", disable=None):
-        try:
-            text, start = file.read_text(encoding="utf-8"), 0
-        except UnicodeDecodeError as error:
-            if len(files) == 1:
-                raise InputError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-            tqdm.write(f"{doing}: left out {file.name}, it is not UTF-8 text")
-            continue
-        while len(files) == 1 and len(text) - start > 32000:
-            end = text.find("\n", start + 16000, start + 32000) + 1 or start + 32000
-            yield text[start:end]
-            start = end
-        if start < len(text):
-            yield text[start:]
-
-
-def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE as SmolLM's: its special tokens first, digits one by one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=sys.stderr.isatty(),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return tokenizer
-
-
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the token that separates documents."""
-    for token in ("<|endoftext|>", "<|end_of_text|>", "</s>"):
-        if tokenizer.token_to_id(token) is not None:
-            return tokenizer.token_to_id(token)
-    raise InputError("the tokenizer has no token <|endoftext|> to separate documents: choose another one")
-
-
-def write_tokens(documents, tokenizer: Tokenizer, folder: Path, dataset: str):
-    """Pack documents end to end, eos after each, in train.bin and, of documents 0, 200, 400, ..., val.bin;
-    meta.json says what they are."""
-    eos, largest = end_of_text(tokenizer), max(tokenizer.get_vocab().values())
-    dtype = "uint16" if largest < 2**16 else "uint32"
-    meta = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
-    meta |= {"dataset": dataset, "tokenizer": sha256(tokenizer.to_str()), "dtype": dtype}
-    numbers, tokenizer.encode_special_tokens = itertools.count(), True  # a text may speak of <|endoftext|>
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        while texts := list(itertools.islice(documents, 100)):  # encoded on all cores
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for text, encoding in zip(texts, encodings, strict=True):
-                counts = {"documents": 1, "tokens": len(encoding) + 1, "bytes": len(text.encode())}
-                split, file = ("train", train) if next(numbers) % 200 else ("val", val)
-                file.write(np.array([*encoding.ids, eos], dtype=dtype).tobytes())
-                meta[split] = {name: meta[split][name] + count for name, count in counts.items()}
-    tokenizer.encode_special_tokens = False
-    if not meta["train"]["documents"] or meta["val"]["tokens"] < 2:
-        raise InputError(f"dataset {dataset!r} is empty or too short: to train and to validate takes two "
-                         "documents, or a file of more than 32,000 characters")
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def prepare_data(dataset: str, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[Path, Tokenizer]:
-    """The folder with the tokens of dataset, and the tokenizer, trained if it is None. Both are kept in data/
-    and made again only for other files (by name, size and time) or another tokenizer. What is being written
-    has a temporary name until it is whole."""
-    files, name = find_files(dataset), Path(dataset).resolve().name
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    Path("data").mkdir(exist_ok=True)
-    if tokenizer is None:
-        path = Path("data", f"{name}-{sha256(repr((stats, vocab_size)))[:12]}.json")
-        if not path.exists():
-            train_tokenizer(read_documents(files, "training the tokenizer"), vocab_size).save(f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-        tokenizer = load_tokenizer(path)
-    folder = Path("data", f"{name}-{sha256(repr((stats, tokenizer.to_str())))[:12]}")
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir="data", prefix="unfinished-") as unfinished:
-            write_tokens(read_documents(files, "tokenizing"), tokenizer, Path(unfinished), dataset)
-            if not folder.exists():  # another run may have been faster
-                os.rename(unfinished, folder)
-    return folder, tokenizer
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_blocks: int):
-    return np.random.default_rng((seed, epoch)).permutation(num_blocks)
-
-
-def blocks_at(seed: int, first: int, count: int, num_blocks: int) -> list[int]:
-    """The blocks that are sequences first, first + 1, ... of all that training reads: every block once an
-    epoch, in an order that seed and epoch fix. A pure function: there is no sampler's state to lose."""
-    places = (divmod(i, num_blocks) for i in range(first, first + count))
-    return [int(epoch_order(seed, epoch, num_blocks)[i]) for epoch, i in places]
+def block_at(seed: int, place: int, num_blocks: int, window_size: int) -> int:
+    """The block that is sequence number place of all that training reads: every block once an epoch, window
+    after window, in an order within each that seed and epoch fix. A pure function, so there is no sampler's
+    state to lose; and with more windows, the order in those that are there stays as it is."""
+    epoch, place = divmod(place, num_blocks)
+    window, place = divmod(place, window_size)
+    start = window * window_size
+    return start + int(window_order(seed, epoch, window, min(window_size, num_blocks - start))[place])
 
 
 def get_batch(tokens, blocks, block_size: int, vocab_size: int, device: torch.device):
@@ -248,17 +152,25 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(times)
 
 
-def accumulate(model, batches: list, autocast) -> torch.Tensor:
-    """Add up the gradients of batches [(x, y), ...] to that of one batch: the gradient of the mean loss over
-    all targets that are not -100. Returns this mean, still on the device."""
-    valid, total = sum((y != -100).sum() for _, y in batches), 0.0
-    for x, y in batches:
-        with autocast:
+def over_ranks(x: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    """x, of each of torchrun's processes, reduced to one."""
+    if dist.is_initialized():
+        dist.all_reduce(x, operation)
+    return x
+
+
+def accumulate(model, batches: list, autocast, scaler) -> torch.Tensor:
+    """Add up the gradients of batches [(x, y), ...] to that of one batch: of the mean loss over all targets
+    that are not -100, of all ranks, which meet once, after the last. Returns this mean, on the device."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    valid, total = over_ranks(sum((y != -100).sum() for _, y in batches)), 0.0
+    for i, (x, y) in enumerate(batches):
+        with autocast, nullcontext() if world_size == 1 or i == len(batches) - 1 else model.no_sync():
             _, loss = model(x, targets=y)
-        loss = loss * ((y != -100).sum() / valid)
-        loss.backward()
+            loss = loss * ((y != -100).sum() / valid)
+            scaler.scale(loss * world_size).backward()  # of which DDP takes the mean
         total += loss.detach()
-    return total
+    return over_ranks(total)
 
 
 @torch.no_grad()
@@ -272,26 +184,47 @@ def evaluate(model, batches: list, autocast) -> float:
 
 
 def continue_text(model: SmolLM, tokenizer: Tokenizer, prompt: str, seed: int, device) -> str:
-    """The prompt and 64 tokens that the model adds. An empty prompt starts from the bos token."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [model.config.bos_token_id]
-    columns = model.generate(torch.tensor([ids], device=device), 64, temperature=0.8, top_k=50,
-                             generator=torch.Generator(device).manual_seed(seed))
+    """The prompt and up to 64 tokens that the model adds. An empty prompt starts from the bos token."""
+    limit = model.config.max_position_embeddings
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids[:limit // 2] or [model.config.bos_token_id]
+    columns = model.generate(torch.tensor([ids], device=device), min(64, limit - len(ids)), temperature=0.8,
+                             top_k=50, generator=torch.Generator(device).manual_seed(seed))
     return tokenizer.decode(ids + [column.item() for column in columns])
 
 
-def save_checkpoint(path: Path, checkpoint: dict):
-    """Write beside path, sync, rename: path is the old file or the whole new one, whenever the power goes."""
-    temporary = path.with_suffix(".tmp")
+def save_checkpoint(path: Path, checkpoint: dict, keep: bool):
+    """Write beside path, sync, rename: whenever the power goes, path or ckpt-previous.pt is whole. With keep,
+    what was at path becomes ckpt-previous.pt; without, both are gone when the new one is there."""
+    temporary, previous = path.with_suffix(".tmp"), path.with_name("ckpt-previous.pt")
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        if not keep:
+            previous.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch tells of a full disk
         raise InputError(f"{path} can't be written, it is as it was before: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def use_newest_whole(path: Path):
+    """If the checkpoint at path is gone or damaged, by its checksums, put the one before it in its place."""
+    previous = path.with_name("ckpt-previous.pt")
+    try:
+        load_checkpoint(path)
+    except InputError as error:
+        if not previous.exists():
+            raise
+        load_checkpoint(previous)
+        print(f"{error}; going on from the one before it")
+        if path.exists():
+            os.replace(path, path.with_name("ckpt-damaged.pt"))
+        os.replace(previous, path)
 
 # ---- The script
 
@@ -300,13 +233,43 @@ if __name__ == "__main__":
     sys.excepthook = one_line_errors
     sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once
     o = parse_options()
+
+    # This process alone, or one of torchrun's, on a GPU each if there are GPUs. Rank 0 speaks and writes.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(o.device)
+    if world_size > 1:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+
+    # The folder, which has one run at a time
     ckpt_path = Path(o.out_dir, "ckpt.pt")
+    if not o.overfit and rank == 0:
+        Path(o.out_dir).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(o.out_dir, ".lock"))  # the system lets go of it when the process dies
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{o.out_dir} is in use by another run: wait until it has ended, or choose "
+                             "another --out_dir") from None
+        tempfile.TemporaryFile(dir=o.out_dir).close()  # a folder that is read-only fails now, not later
+        if o.init_from == "resume":
+            use_newest_whole(ckpt_path)
+        elif not o.overwrite and (ckpt_path.exists() or ckpt_path.with_name("ckpt-previous.pt").exists()):
+            raise InputError(f"{o.out_dir} has a checkpoint: go on from it with --init_from=resume, choose "
+                             "another --out_dir, or start over with --overwrite=True")
+    over_ranks(torch.zeros(1, device=device))  # waits for rank 0
 
     # A run that resumes keeps its options, but for those that don't change what is trained.
     if o.init_from == "resume":
         checkpoint = load_checkpoint(ckpt_path)
-        if "optimizer" not in checkpoint:
-            raise InputError(f"{ckpt_path} has weights only: use another --out_dir, --init_from={ckpt_path}")
+        state = {"optimizer", "scaler", "rng", "curve", "options", "step"}
+        if not state <= set(checkpoint) or set(checkpoint["options"]) != set(vars(o)):
+            raise InputError(f"{ckpt_path} has weights, but not all the state of a run of this train.py: use "
+                             f"another --out_dir and --init_from={ckpt_path}")
         saved = Options(**checkpoint["options"])
         o = parse_options(default=replace(saved, out_dir=o.out_dir, init_from="resume", overwrite=False))
         for name, before in vars(saved).items():
@@ -317,21 +280,20 @@ if __name__ == "__main__":
                 print(f"{name}: {before} -> {getattr(o, name)}")
         if checkpoint["step"] >= o.max_iters:
             raise InputError(f"{ckpt_path} is at step {checkpoint['step']} of {o.max_iters}: raise max_iters")
-    elif ckpt_path.exists() and not o.overwrite and not o.overfit:
-        raise InputError(f"{ckpt_path} exists: go on from it with --init_from=resume, choose another "
-                         "--out_dir, or start over with --overwrite=True")
-    if not o.overfit:
-        Path(o.out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=o.out_dir).close()  # a folder that is read-only fails now, not later
+    if o.gradient_accumulation_steps % world_size:
+        raise InputError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}, it must be a "
+                         f"multiple of torchrun's {world_size} processes, which share it")
 
-    # Device and precision
-    device = pick_device(o.device)
-    peak = {dtype: matmul_peak(device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")
-            if o.dtype in ("auto", dtype)}
+    # Precision: the fastest that is worth it
+    names = ["float32", "bfloat16", "float16"][:3 if device.type == "cuda" else 2]
+    names = names if o.dtype == "auto" else [o.dtype]
+    peak = {name: matmul_peak(device, getattr(torch, name)) for name in names}
     if o.dtype == "auto":
-        o.dtype = "bfloat16" if peak["bfloat16"] > 1.5 * peak["float32"] else "float32"
-    autocast = torch.autocast(device.type, torch.bfloat16) if o.dtype == "bfloat16" else nullcontext()
-    print(f"device: {device}, {o.dtype}, matmul peak {peak[o.dtype] / 1e12:.2f} TFLOP/s")
+        o.dtype = next((name for name in names[1:] if peak[name] > 1.5 * peak["float32"]), "float32")
+        o.dtype = names[int(over_ranks(torch.tensor(names.index(o.dtype), device=device), dist.ReduceOp.MIN))]
+    autocast = nullcontext() if o.dtype == "float32" else torch.autocast(device.type, getattr(torch, o.dtype))
+    scaler = torch.amp.GradScaler(device.type, enabled=o.dtype == "float16")  # else small gradients are zero
+    print(f"device: {world_size} x {device.type}, {o.dtype}, matmul peak {peak[o.dtype] / 1e12:.2f} TFLOP/s")
 
     # Model
     if o.init_from == "scratch":
@@ -341,7 +303,7 @@ if __name__ == "__main__":
         model = SmolLM(PRESETS[o.model]).to(device)
         tokenizer = load_tokenizer(o.tokenizer) if o.tokenizer else None
     else:
-        source = ckpt_path if o.init_from == "resume" else o.init_from
+        source = ckpt_path if o.init_from == "resume" else local_path(o.init_from)
         if o.tokenizer and o.init_from != "resume":
             raise InputError(f"tokenizer is {o.tokenizer}, but {source} brings its own: leave it out")
         model, tokenizer = SmolLM.from_pretrained(source, device), load_tokenizer(source)
@@ -352,65 +314,97 @@ if __name__ == "__main__":
     if tokenizer:
         check_tokenizer(tokenizer, config)
 
-    # Data
-    folder, tokenizer = prepare_data(o.dataset, tokenizer, config.vocab_size)
-    meta = json.loads((folder / "meta.json").read_text())
-    train_tokens, val_tokens = (np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
+    # Data: the windows that this run reads, be there more or not
+    step_size = o.gradient_accumulation_steps * o.batch_size  # sequences
+    window_size = WINDOW // o.block_size  # blocks
+    windows = math.ceil(o.max_tokens / WINDOW if o.max_tokens else
+                        (1 if o.overfit else o.max_iters) * step_size / window_size)
+    folder, meta, tokenizer = prepare_data(o.dataset, o.dataset_config, o.text_column, tokenizer,
+                                           config.vocab_size, windows)
+    counts = meta["windows"][:windows][-1]
+    train_tokens, val_tokens = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r", shape=counts[split])
                                 for split in ("train", "val"))
-    num_blocks = (len(train_tokens) - 1) // o.block_size
+    num_blocks = min((len(train_tokens) - 1) // o.block_size, windows * window_size,
+                     (o.max_tokens or 2**63) // o.block_size)
     if not num_blocks:
-        raise InputError(f"dataset {o.dataset!r} has {len(train_tokens)} tokens to train on, less than a "
-                         f"block of {o.block_size} and one: lower --block_size or give it more text")
+        raise InputError(f"there are {min(len(train_tokens), o.max_tokens or 2**63)} tokens to train on, less"
+                         f" than a block of {o.block_size} and one: lower --block_size or give it more text")
     val_size = min(o.block_size, len(val_tokens) - 1)  # of a block
     val_blocks = range((len(val_tokens) - 1) // val_size)[:o.eval_iters * o.batch_size]
     val_batches = [get_batch(val_tokens, val_blocks[i:i + o.batch_size], val_size, config.vocab_size, device)
                    for i in range(0, len(val_blocks), o.batch_size)]
-    bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
-    print(f"data: {folder}, {len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
+    print(f"data: {folder}, {num_blocks * o.block_size:,} tokens to train on, {len(val_tokens):,} held out")
 
     # Optimizer
     if o.init_from == "scratch":
         config.bos_token_id = config.eos_token_id = end_of_text(tokenizer)
     optimizer = torch.optim.AdamW(model.parameter_groups(o.weight_decay), 0.0, (o.beta1, o.beta2), fused=True)
-    first_step = 0
-    if o.init_from == "resume":
-        optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # lest it stays mapped to the file
-        first_step = checkpoint["step"]
-        del checkpoint
-    forward = torch.compile(model) if o.compile or (o.compile is None and device.type == "cuda") else model
-    tokens_per_step = o.gradient_accumulation_steps * o.batch_size * o.block_size
-    flops_per_token = model.flops_per_token(o.block_size)
+    compiles = o.compile or (o.compile is None and device.type == "cuda")
+    torch.use_deterministic_algorithms(compiles and device.type == "cpu")  # it would add up in any order
+    forward = torch.compile(model, dynamic=False) if compiles else model  # a shape's graph knows no other's
+    ddp = DistributedDataParallel(forward) if world_size > 1 else forward
+    tokens_per_step = step_size * o.block_size
     print(f"model: {model.num_parameters():,} parameters; a step is {o.gradient_accumulation_steps} x "
           f"{o.batch_size} sequences of {o.block_size}, {tokens_per_step:,} tokens")
+
+    # State: with the weights, all that a run needs to go on as if it had not stopped
+    first_step, curve = 0, []  # the curve is what metrics.jsonl has
+    if o.init_from == "resume":
+        optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # lest it stays mapped to the file
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        for where, rng in checkpoint["rng"].items():
+            (torch.cuda if where == "cuda" else torch).set_rng_state(rng)
+        first_step, curve = checkpoint["step"], checkpoint["curve"]
+        del checkpoint
 
     stopped_by = []  # Ctrl-C or SIGTERM, which end the run after the step in progress; a second one at once
 
     def finish_step(signum, frame):
         stopped_by.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        if world_size == 1:  # torchrun passes on to its processes what the terminal has sent them already
+            signal.signal(signum, signal.SIG_DFL)
         tqdm.write("finishing this step, then saving; once more leaves at once", file=sys.stderr)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, finish_step)
 
+    writes = rank == 0 and not o.overfit
+    metrics_path = Path(o.out_dir, "metrics.jsonl") if writes else Path(os.devnull)
+    metrics_path.write_text("".join(json.dumps(entry) + "\n" for entry in curve))  # not what is done again
+
+    def log(step, **entry):
+        entry = {"step": step, "tokens": step * tokens_per_step, **entry}
+        curve.append({name: value for name, value in entry.items() if math.isfinite(value)})  # for JSON
+        with open(metrics_path, "a") as file:
+            file.write(json.dumps(curve[-1]) + "\n")
+
     # The loop; its clock stops during evaluations
-    bar = tqdm(total=o.max_iters, initial=first_step, unit="step", disable=None)
+    bar = tqdm(total=o.max_iters, initial=first_step, unit="step", disable=True if rank else None)
     clock, clocked_step = time.perf_counter(), first_step
+    stop, keep = 0, o.init_from == "resume"  # keep what is at ckpt_path, for it is of this run, too
     for step in range(first_step, o.max_iters + 1):
-        ends = step == o.max_iters or stopped_by
-        if not o.overfit and (step % o.eval_interval == 0 or ends):
+        ends = step == o.max_iters or stop
+        evaluated = curve and "val_loss" in curve[-1] and curve[-1]["step"] == step  # before it was resumed
+        if writes and (step % o.eval_interval == 0 or ends) and not evaluated:
             paused = time.perf_counter()
-            if not stopped_by:
+            if not stop:
                 val_loss = evaluate(forward, val_batches, autocast)
-                bits_per_byte = val_loss / math.log(2) / bytes_per_token
-                bar.write(f"step {step} | validation loss {val_loss:.4f} | perplexity "
-                          f"{math.exp(min(val_loss, 99)):.2f} | {bits_per_byte:.4f} bits per byte")
+                log(step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 99)),
+                    bits_per_byte=val_loss / math.log(2) * counts["val"] / counts["val_bytes"])
+                best = min(entry["val_loss"] for entry in curve if "val_loss" in entry)
+                bar.write(f"step {step} | validation loss {val_loss:.4f}, best {best:.4f} | perplexity "
+                          f"{curve[-1]['perplexity']:.2f} | {curve[-1]['bits_per_byte']:.4f} bits per byte")
                 bar.write(continue_text(model, tokenizer, o.sample_prompt, o.seed, device))
             if step > first_step:
                 save_checkpoint(ckpt_path, {
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "options": asdict(o),
-                    "config": asdict(config), "tokenizer": tokenizer.to_str(), "step": step})
+                    "model": model.state_dict(), "config": asdict(config), "tokenizer": tokenizer.to_str(),
+                    "options": asdict(o), "step": step, "curve": curve, "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state()} | (
+                        {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}, keep)
+                keep = True
                 bar.write(f"step {step} | saved {ckpt_path}")
+                plot({o.out_dir: curve}, Path(o.out_dir, "loss.png"))
             clock += time.perf_counter() - paused
         if ends:
             break
@@ -418,32 +412,38 @@ if __name__ == "__main__":
         # --- a single training step
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, o)
-        first = 0 if o.overfit else step * o.gradient_accumulation_steps
-        blocks = [blocks_at(o.seed, (first + i) * o.batch_size, o.batch_size, num_blocks)
-                  for i in range(o.gradient_accumulation_steps)]
-        batches = [get_batch(train_tokens, b, o.block_size, config.vocab_size, device) for b in blocks]
-        loss = accumulate(forward, batches, autocast)
+        share = step_size // world_size  # sequences of this rank: first, first + 1, ...
+        first = rank * share + (0 if o.overfit else step * step_size)
+        blocks = [block_at(o.seed, place, num_blocks, window_size) for place in range(first, first + share)]
+        batches = [get_batch(train_tokens, blocks[i:i + o.batch_size], o.block_size, config.vocab_size,
+                             device) for i in range(0, share, o.batch_size)]
+        loss = accumulate(ddp, batches, autocast, scaler)
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
-        if not norm.isfinite():  # waits for the device
+        # In float16 a gradient may overflow: the scaler then leaves the step out and halves its scale.
+        if not loss.isfinite() or (not norm.isfinite() and scaler.get_scale() <= 1):  # waits for the device
             raise InputError(f"step {step + 1} has a loss of {loss} and a gradient of norm {norm}: lower the "
                              "learning_rate; the last checkpoint is as it was")
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        stop = int(over_ranks(torch.tensor(max(stopped_by, default=0), device=device), dist.ReduceOp.MAX))
         # ---
         bar.update()
-        if step == first_step or (step + 1) % o.log_interval == 0 or o.overfit:
-            loss = loss.item()
+        if step == 0 or (step + 1) % o.log_interval == 0 or o.overfit:
             rate = (step + 1 - clocked_step) * tokens_per_step / (time.perf_counter() - clock)
             clock, clocked_step = time.perf_counter(), step + 1
+            mfu = rate * model.flops_per_token(o.block_size) / (peak[o.dtype] * world_size)
+            log(step + 1, loss=loss.item(), lr=lr_at(step, o), norm=norm.item(), tok_per_s=rate, mfu=mfu)
             bar.write(f"step {step + 1} | loss {loss:.4f} | lr {lr_at(step, o):.2e} | norm {norm:.2f} | "
-                      f"{rate:,.0f} tok/s | MFU {rate * flops_per_token / peak[o.dtype]:.1%}")
+                      f"{rate:,.0f} tok/s | MFU {mfu:.1%}")
         if o.overfit and loss < OVERFIT_LOSS:
             break
     bar.close()
-
     if o.overfit:
         print(f"overfit: the loss of the one batch is {loss:.4f} after {min(step + 1, o.max_iters)} steps")
         if loss >= OVERFIT_LOSS:
-            raise InputError(f"{OVERFIT_LOSS} was not reached: if neither more max_iters nor another "
-                             "learning_rate helps, something is broken")
-    sys.exit(128 + stopped_by[0] if stopped_by else 0)
+            raise InputError(f"{OVERFIT_LOSS} was not reached: try more max_iters, or another learning_rate")
+    if world_size > 1:
+        dist.destroy_process_group()
+    sys.exit(128 + stop if stop else 0)
