@@ -13,7 +13,9 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import xllamacpp
@@ -41,10 +46,13 @@ from transformers import (
 import sample
 import train
 from smollm import (PRESETS, SHARD_INDEX, Config, InputError, KVCache, SmolLM, check_tokenizer,
-                    load_tokenizer, rope_table, sample_token)
-from tools import convert
+                    load_checkpoint, load_tokenizer, rope_table, sample_token)
+from bench.launch import Script
+from tools import convert, prepare
 
 ROOT = Path(__file__).parent
+os.environ["COLUMNS"] = "200"  # for the messages of the command-line library
+README = (ROOT / "README.md").read_text()
 TINY = Config(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
               num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128, rope_theta=1e4,
               initializer_range=48**-0.5)
@@ -292,9 +300,11 @@ def test_accumulated_gradients_equal_those_of_one_batch(ignored):
     else:
         y[torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) < ignored] = -100
     whole, parts = make(TINY), make(TINY)
-    loss = train.accumulate(whole, [(x, y)], nullcontext())
+    unscaled = torch.amp.GradScaler("cpu", enabled=False)
+    loss = train.accumulate(whole, [(x, y)], nullcontext(), unscaled)
     pieces = [(x[i:i + 2], y[i:i + 2]) for i in (0, 2, 4)]
-    torch.testing.assert_close(train.accumulate(parts, pieces, nullcontext()), loss, rtol=1e-6, atol=0)
+    accumulated = train.accumulate(parts, pieces, nullcontext(), unscaled)
+    torch.testing.assert_close(accumulated, loss, rtol=1e-6, atol=0)
     expected = torch.nn.functional.cross_entropy(make(TINY)(x)[0].flatten(0, 1), y.flatten())
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
@@ -323,10 +333,32 @@ def test_flops_are_those_of_the_matmuls():
     ("wsd", {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 1, 85: 0.5, 99: 1 - math.sqrt(19 / 20)}),
     ("cosine", {0: 0.1, 9: 1, 10: 1, 55: 0.5, 99: (1 + math.cos(math.pi * 89 / 90)) / 2}),
     ("constant", {0: 0.1, 9: 1, 50: 1, 99: 1})])
-def test_learning_rate(schedule, expected):
+def test_schedules(schedule, expected):
     o = train.Options(max_iters=100, warmup_iters=10, decay_iters=20, learning_rate=0.3, schedule=schedule)
     for step, share in expected.items():
         assert train.lr_at(step, o) == pytest.approx(0.3 * share, rel=1e-12), step
+
+
+def recipe() -> train.Options:
+    """The options of the command for one GPU in README.md."""
+    command = re.search(r"\npython train\.py (--model=smollm-135m .*?[^\\])\n", README, re.DOTALL)
+    words = command[1].replace("\\\n", " ").split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *words])
+        return train.parse_options()
+
+
+def test_the_recipe_is_the_published_one():
+    """text/pretraining/smollm1/config_smollm1_135M.yaml of github.com/huggingface/smollm."""
+    o = recipe()
+    assert o.batch_size * o.gradient_accumulation_steps * o.block_size == 1_048_576
+    assert (o.block_size, o.max_iters, o.weight_decay, o.grad_clip) == (2048, 600_000, 0.01, 1.0)
+    assert (o.beta1, o.beta2, o.dataset) == (0.9, 0.95, "smollm-corpus")
+    for step, rate in {  # steps from 0: warm-up of 5,000, decay by 1 - sqrt in the last 100,000
+            0: 3e-3 / 5000, 2499: 1.5e-3, 4999: 3e-3, 5000: 3e-3, 499_999: 3e-3, 500_000: 3e-3,
+            525_000: 1.5e-3, 550_000: 3e-3 * (1 - math.sqrt(0.5)), 564_000: 3e-3 * 0.2, 581_000: 3e-3 * 0.1,
+            599_999: 3e-3 * (1 - math.sqrt(0.99999))}.items():
+        assert train.lr_at(step, o) == pytest.approx(rate, rel=1e-12), step
 
 # -----------------------------------------------------------------------------
 # Sampling
@@ -417,77 +449,183 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus) -> Tokenizer:
-    return train.train_tokenizer((file.read_text() for file in sorted(corpus.iterdir())), 1000)
+    return prepare.train_tokenizer((file.read_text() for file in sorted(corpus.iterdir())), 1000)
 
 
 def test_tokenizer_has_special_tokens_first_and_digits_one_by_one(tokenizer):
-    assert [tokenizer.id_to_token(i) for i in range(17)] == train.SPECIAL_TOKENS
+    assert [tokenizer.id_to_token(i) for i in range(17)] == prepare.SPECIAL_TOKENS
     assert tokenizer.encode("12345").tokens == ["1", "2", "3", "4", "5"]
     text = "".join(map(chr, range(0x20, 0x3000, 7))) + "🙂\x00\r\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_documents_are_packed_with_eos_and_the_first_of_200_is_held_out(corpus, tokenizer, tmp_path):
+def prepared(dataset, tokenizer, windows=1, column="text"):
+    """The folder, meta.json and the contents of train.bin and val.bin that prepare_data makes."""
+    folder, meta, _ = prepare.prepare_data(str(dataset), None, column, tokenizer, 1000, windows)
+    return folder, meta, *(np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val"))
+
+
+def write_parquet(path: Path, texts: list[str], column="text"):
+    """With the columns of cosmopedia-v2, in row groups of 100."""
+    columns = {name: ["x"] * len(texts) for name in ("prompt", "audience", "format", "seed_data")}
+    table = pyarrow.table({column: texts, "token_length": [0] * len(texts)} | columns)
+    pyarrow.parquet.write_table(table, path, row_group_size=100)
+
+
+def write_jsonl(path: Path, texts: list[str]):
+    path.write_text("".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(texts)))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_documents_are_packed_with_eos_and_the_first_of_200_is_held_out(tokenizer, here):
     texts = [f"document {i}: {'x' * (i % 7)} <|im_end|> is a special token" for i in range(401)]
-    train.write_tokens(iter(texts), tokenizer, tmp_path, "test")
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    for split, expected in (("val", texts[::200]), ("train", [t for i, t in enumerate(texts) if i % 200])):
-        tokens = np.fromfile(tmp_path / f"{split}.bin", dtype=meta["dtype"])
+    write_parquet(here / "texts.parquet", texts)
+    _, meta, train_tokens, val_tokens = prepared("texts.parquet", tokenizer)
+    for tokens, expected in ((val_tokens, texts[::200]),
+                             (train_tokens, [text for i, text in enumerate(texts) if i % 200])):
         assert tokens.dtype == np.uint16
         assert tokens[-1] == 0
         assert tokenizer.decode(tokens, skip_special_tokens=False).split("<|endoftext|>") == [*expected, ""]
         assert set(tokens[tokens < 17]) == {0}  # what a text says of special tokens stays text
-        size = sum(len(text) for text in expected)
-        assert meta[split] == {"documents": len(expected), "tokens": len(tokens), "bytes": size}
+    counts = {"train": len(train_tokens), "val": len(val_tokens), "val_bytes": sum(map(len, texts[::200]))}
+    assert meta["windows"] == [counts]
+    assert meta["ended"]
 
 
-def test_a_large_vocabulary_is_stored_as_uint32(tmp_path):
+def test_text_jsonl_and_parquet_give_the_same_tokens(tokenizer, here):
+    texts = [f"text {i}: {'many words ' * (i % 5)}" for i in range(250)]
+    write_parquet(here / "a.parquet", texts)
+    write_parquet(here / "content.parquet", texts, "content")
+    write_jsonl(here / "a.jsonl", texts)
+    tokens = prepared("a.parquet", tokenizer)[2]
+    assert np.array_equal(prepared("a.jsonl", tokenizer)[2], tokens)
+    assert np.array_equal(prepared("content.parquet", tokenizer, column="content")[2], tokens)
+    (here / "mixed").mkdir()
+    write_parquet(here / "mixed" / "a.parquet", texts[:80])
+    write_jsonl(here / "mixed" / "b.jsonl", texts[80:160])
+    for i, text in enumerate(texts[160:]):
+        (here / "mixed" / f"{i}.{('txt', 'md', 'py')[i % 3]}").write_text(text)
+    found = []
+    for tokens in prepared("mixed", tokenizer)[2:]:
+        found += tokenizer.decode(tokens, skip_special_tokens=False).split("<|endoftext|>")[:-1]
+    assert sorted(found) == sorted(texts)
+
+
+def test_a_large_vocabulary_is_stored_as_uint32(here):
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 70000)}
+    write_jsonl(here / "a.jsonl", ["w3", "w69999"])
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    train.write_tokens(iter(["w3", "w69999"]), tokenizer, tmp_path, "test")
-    assert json.loads((tmp_path / "meta.json").read_text())["dtype"] == "uint32"
-    assert np.fromfile(tmp_path / "train.bin", dtype=np.uint32).tolist() == [69999, 0]
+    _, meta, train_tokens, _ = prepared("a.jsonl", tokenizer)
+    assert meta["dtype"] == "uint32"
+    assert train_tokens.tolist() == [69999, 0]
 
 
-def test_data_is_prepared_once_and_again_only_when_it_changed(corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder, tokenizer = train.prepare_data(str(corpus), None, 500)
-    made = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("data").rglob("*.*")}
+def state_of(folder: Path) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*.*")}
+
+
+def test_data_is_prepared_once_and_again_only_when_it_changed(corpus, here):
+    folder, _, tokenizer = prepare.prepare_data(str(corpus), None, "text", None, 500, 1)
+    made = state_of(here / "data")
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
-    assert train.prepare_data(str(corpus), None, 500)[0] == folder
-    assert train.prepare_data(str(corpus), tokenizer, 500)[0] == folder  # as a run that resumes asks for it
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("data").rglob("*.*")} == made
-    assert train.prepare_data(str(corpus), None, 501)[0] != folder
-    (tmp_path / "book.txt").write_text("a line of a book\n" * 3000)
-    book, _ = train.prepare_data("book.txt", None, 300)
-    (tmp_path / "book.txt").write_text("another line of it\n" * 3000)
-    assert train.prepare_data("book.txt", None, 300)[0] != book
-    assert json.loads((book / "meta.json").read_text())["val"]["documents"] == 1
-    assert not list(Path("data").glob("unfinished-*"))
-    assert not list(Path("data").glob("*.tmp"))
+    for given in (None, tokenizer):  # the second as a run that resumes asks for it
+        assert prepare.prepare_data(str(corpus), None, "text", given, 500, 9)[0] == folder
+    assert state_of(here / "data") == made
+    assert prepare.prepare_data(str(corpus), None, "text", None, 501, 1)[0] != folder
+    (here / "book.txt").write_text("a line of a book\n" * 3000)
+    book = prepare.prepare_data("book.txt", None, "text", None, 300, 1)[0]
+    (here / "book.txt").write_text("another line of it\n" * 3000)
+    assert prepare.prepare_data("book.txt", None, "text", None, 300, 1)[0] != book
+    assert not list((here / "data").rglob("*.tmp"))
+
+
+@pytest.fixture
+def shards(here, monkeypatch) -> Path:
+    """A folder of three parquet files and a text file, and windows of 5,000 tokens."""
+    monkeypatch.setattr(prepare, "WINDOW", 5000)
+    (here / "shards").mkdir()
+    for shard in range(3):
+        texts = [f"{shard}, {i}: {'lorem ipsum ' * (i % 9)}" for i in range(550)]
+        write_parquet(here / "shards" / f"{shard}.parquet", texts)
+    (here / "shards" / "book.txt").write_text("a line of a book\n" * 20000)
+    return here / "shards"
+
+
+def test_preparation_goes_on_where_it_stopped(shards, tokenizer, here, monkeypatch):
+    _, meta, *whole = prepared(shards, tokenizer, windows=8)
+    assert len(meta["windows"]) == 8
+    assert not meta["ended"]
+    (here / "data").rename(here / "data-whole")
+    folder, first, *_ = prepared(shards, tokenizer, windows=3)
+    assert first["windows"] == meta["windows"][:3]
+    with monkeypatch.context() as patch:  # interrupted at the end of a window
+        patch.setattr(prepare, "save_window", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(shards, tokenizer, windows=4)
+    with open(folder / "train.bin", "ab") as file:  # and in the middle of a token
+        file.write(b"odd")
+    for windows in (3, 4, 8):
+        _, again, *parts = prepared(shards, tokenizer, windows)
+        assert again["windows"] == meta["windows"][:max(3, windows)]
+    for part, expected in zip(parts, whole, strict=True):
+        assert np.array_equal(part, expected)
+    _, rest, *_ = prepared(shards, tokenizer, windows=1000)
+    assert rest["ended"]
+    made = state_of(here / "data")
+    monkeypatch.setattr(prepare, "open_streams", None)  # all is there: nothing is opened
+    prepared(shards, tokenizer, windows=1000)
+    assert state_of(here / "data") == made
+    (folder / "train.bin").write_bytes(b"cut short")
+    with pytest.raises(InputError, match="delete"):
+        prepared(shards, tokenizer, windows=8)
+
+
+def test_parts_of_a_mixture_keep_their_proportion(tokenizer, here, monkeypatch):
+    parts = []
+    for name, share, length in (("long", 0.70, 9), ("short", 0.15, 3)):
+        (here / name).mkdir()
+        write_parquet(here / name / "a.parquet", [f"{name} {i}" + " words" * length for i in range(20000)])
+        parts.append((share, str(here / name), None))
+    monkeypatch.setitem(prepare.HUB, "mixture", parts)
+    monkeypatch.setattr(prepare, "WINDOW", 50000)
+    _, meta, train_tokens, _ = prepared("mixture", tokenizer, windows=6)
+    assert meta["sizes"][0] / meta["sizes"][1] == pytest.approx(0.70 / 0.15, rel=0.1)
+    half = prepare.prepare_data("mixture", None, "text", tokenizer, 1000, 6)[1]["windows"][2]["train"]
+    for tokens in (train_tokens[:half], train_tokens[half:]):
+        text = tokenizer.decode(tokens)
+        assert text.count("long") > 0 < text.count("short")
 
 
 def test_a_file_that_is_cut_into_documents_loses_nothing(tmp_path):
-    text = "".join(f"line {i} of the bóok\n" for i in range(9000)) + "no end of line"
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    documents = list(train.read_documents([tmp_path / "book.txt"], "reading"))
-    assert "".join(documents) == text
-    assert all(16000 < len(d) < 16100 and d.endswith("\n") for d in documents[:-1])
-    assert len(documents) > 5
-    (tmp_path / "line.txt").write_text("one line of text8 " * 10000)
-    documents = list(train.read_documents([tmp_path / "line.txt"], "reading"))
-    assert "".join(documents) == "one line of text8 " * 10000
-    assert len(documents) > 5
+    for text in ("".join(f"line {i} of the bóok\n" for i in range(9000)) + "no end of line",
+                 "one line of text8 " * 10000):
+        (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+        documents = [row["text"] for row in prepare.read_texts([tmp_path / "book.txt"], "text", True)]
+        assert "".join(documents) == text
+        assert len(documents) > 5
+        assert all(16000 <= len(document) <= 32000 for document in documents[:-1])
+        assert "\n" not in text or all(document.endswith("\n") for document in documents[:-1])
 
 
 def test_batches_are_a_pure_function_of_seed_step_and_position():
-    stream = train.blocks_at(7, 0, 300, 100)  # three epochs
-    for epoch in range(3):
-        assert sorted(stream[100 * epoch:100 * (epoch + 1)]) == list(range(100))
+    def blocks(seed, places, num_blocks=100):
+        return [train.block_at(seed, place, num_blocks, 40) for place in places]
+
+    stream = blocks(7, range(300))  # three epochs, of windows of 40, 40 and 20 blocks
+    for start in range(0, 300, 100):
+        for first, last in ((0, 40), (40, 80), (80, 100)):
+            window = stream[start + first:start + last]
+            assert sorted(window) == list(range(first, last))
+            assert window != sorted(window)
     assert stream[:100] != stream[100:200]
-    assert train.blocks_at(8, 0, 100, 100) != stream[:100]
-    for first, count in ((0, 1), (95, 10), (250, 50), (13, 0)):
-        assert train.blocks_at(7, first, count, 100) == stream[first:first + count]
+    assert blocks(8, range(100)) != stream[:100]
+    assert blocks(7, (250, 3, 99)) == [stream[250], stream[3], stream[99]]
+    assert blocks(7, range(80), 80) == blocks(7, range(80), 1000) == stream[:80]  # more data changes nothing
 
 
 def test_targets_are_the_next_tokens():
@@ -499,28 +637,35 @@ def test_targets_are_the_next_tokens():
         train.get_batch(tokens, [9], 10, 100, torch.device("cpu"))
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
+def test_a_failed_save_leaves_the_old_checkpoints_and_nothing_else(tmp_path):
     path = tmp_path / "ckpt.pt"
-    train.save_checkpoint(path, {"step": 1})
+    for step in (1, 2):
+        train.save_checkpoint(path, {"step": step}, keep=True)
     with pytest.raises(Exception, match="pickle"):
-        train.save_checkpoint(path, {"step": 2, "no pickle": lambda: None})
+        train.save_checkpoint(path, {"step": 3, "no pickle": lambda: None}, keep=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk were full
     try:
         with pytest.raises(InputError, match=r"ckpt\.pt can't be written"):
-            train.save_checkpoint(path, {"step": 3, "weights": torch.zeros(10**6)})
+            train.save_checkpoint(path, {"step": 3, "weights": torch.zeros(10**6)}, keep=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt-previous.pt", "ckpt.pt"]
+    assert torch.load(path, weights_only=True) == {"step": 2}
+    assert torch.load(tmp_path / "ckpt-previous.pt", weights_only=True) == {"step": 1}
+    train.save_checkpoint(path, {"step": 4}, keep=False)  # a run that starts over leaves none of the other
     assert os.listdir(tmp_path) == ["ckpt.pt"]
-    assert torch.load(path, weights_only=True) == {"step": 1}
 
 # -----------------------------------------------------------------------------
 # The scripts, as a user runs them
 
 
-def run(cwd, script, *options, **environment):
+def run(cwd, script, *options, **environment) -> subprocess.CompletedProcess:
+    """What a script ended with. An environment takes a new interpreter: libraries read it when imported."""
+    if not environment:
+        return Script(cwd, script, *options).wait()
     return subprocess.run([sys.executable, ROOT / script, *options], cwd=cwd, capture_output=True, text=True,
                           timeout=300, stdin=subprocess.DEVNULL, env=os.environ | environment)
 
@@ -548,7 +693,7 @@ def losses_of(log: str) -> dict[int, str]:
 
 def test_train_logs_evaluates_and_saves(trained):
     log = (trained / "log.txt").read_text()
-    validation = [float(line.split("validation loss ")[1].split()[0]) for line in log.splitlines()
+    validation = [float(line.split("validation loss ")[1].split(",")[0]) for line in log.splitlines()
                   if "validation loss" in line]
     assert len(validation) == 3  # at steps 0, 6 and 12
     assert validation[0] == pytest.approx(math.log(4096) + 0.5, abs=0.2)
@@ -556,7 +701,8 @@ def test_train_logs_evaluates_and_saves(trained):
     assert list(losses_of(log)) == list(range(1, 13))
     for word in ("lr ", "norm ", "tok/s", "MFU", "perplexity", "bits per byte", "\ndef __init__(self"):
         assert word in log, word
-    assert os.listdir(trained / "out") == ["ckpt.pt"]
+    files = {".lock", "ckpt-previous.pt", "ckpt.pt", "loss.png", "metrics.jsonl"}
+    assert set(os.listdir(trained / "out")) == files
 
 
 def test_validation_loss_and_bits_per_byte_are_those_of_the_held_out_text(trained):
@@ -567,12 +713,13 @@ def test_validation_loss_and_bits_per_byte_are_those_of_the_held_out_text(traine
     x = torch.tensor(val[:8 * 32 + 1].astype(np.int64))  # 2 batches of 4 blocks of 32
     with torch.no_grad():
         _, loss = model(x[:-1].view(8, 32), targets=x[1:].view(8, 32))
-    bits = loss.item() / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+    counts = meta["windows"][0]
+    bits = loss.item() / math.log(2) * counts["val"] / counts["val_bytes"]
     last = [line for line in (trained / "log.txt").read_text().splitlines() if "validation" in line][-1]
-    assert last == (f"step 12 | validation loss {loss:.4f} | perplexity {math.exp(loss):.2f} | "
-                    f"{bits:.4f} bits per byte")
+    assert last == (f"step 12 | validation loss {loss:.4f}, best {loss:.4f} | perplexity {math.exp(loss):.2f}"
+                    f" | {bits:.4f} bits per byte")
     text = tokenizer.decode(val, skip_special_tokens=False)
-    assert meta["val"]["bytes"] == len(text.replace("<|endoftext|>", "").encode())
+    assert counts["val_bytes"] == len(text.replace("<|endoftext|>", "").encode())
 
 
 def test_options_of_the_step_are_heeded(trained, corpus, tmp_path):
@@ -600,7 +747,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_checkpoint(trained, corpus, tmp
     assert "lower the learning_rate" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == checkpoint
-    assert os.listdir(tmp_path / "out") == ["ckpt.pt"]
+    assert set(os.listdir(tmp_path / "out")) == {".lock", "ckpt.pt", "metrics.jsonl"}
 
 
 def test_sample_needs_nothing_but_the_checkpoint(trained, tmp_path):
@@ -642,28 +789,301 @@ def test_resuming_keeps_the_options(trained, corpus, tmp_path):
     assert list(losses_of(more.stdout)) == [13, 14]
 
 
-def test_ctrl_c_finishes_the_step_and_saves(trained, corpus, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_the_step_and_save(signum, trained, corpus, tmp_path):
     whole = losses_of((trained / "log.txt").read_text())
-    command = [sys.executable, ROOT / "train.py", *SMALL, f"--dataset={corpus}", "--max_iters=12",
-               "--learning_rate=2e-3", "--eval_interval=1000"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
-    log = ""
-    while "step 3 |" not in log:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        log += line
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    done = losses_of(log + rest)
+    script = Script(tmp_path, "train.py", *SMALL, f"--dataset={corpus}", "--max_iters=12",
+                    "--learning_rate=2e-3", "--eval_interval=1000")
+    script.wait_for("step 3 |")
+    os.kill(script.process.pid, signum)
+    result = script.wait()
+    assert result.returncode == 128 + signum, result.stderr
+    assert "Traceback" not in result.stderr
+    done = losses_of(result.stdout)
     assert max(done) < 12
     assert done == {step: whole[step] for step in done}
-    assert f"step {max(done)} | saved" in rest
+    assert f"step {max(done)} | saved" in result.stdout
     resumed = run(tmp_path, "train.py", "--init_from=resume")
     assert resumed.returncode == 0, resumed.stderr
     assert done | losses_of(resumed.stdout) == whole
+
+
+# -----------------------------------------------------------------------------
+# Stop and go on, alone and with others
+
+
+def distributed(cwd, *options, world_size=2, port=29511) -> list[Script]:
+    """train.py in world_size processes, as torchrun starts them."""
+    where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [Script(cwd, "train.py", *options, **where, RANK=str(rank), LOCAL_RANK=str(rank),
+                   OMP_NUM_THREADS="1") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer, tmp_path_factory) -> Path:
+    """A checkpoint to begin with, of a model that trains in no time."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.pt"
+    convert.write(path, make(dataclasses.replace(TINY, vocab_size=1000)), tokenizer, None, "float32")
+    return path
+
+
+def train_here(cwd, *options, world_size=1):
+    scripts = distributed(cwd, *options, world_size=world_size) if world_size > 1 else [
+        Script(cwd, "train.py", *options)]
+    results = [script.wait() for script in scripts]
+    assert [result.returncode for result in results] == [0] * world_size, results
+    return results[0]
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run has come to, exactly: its state, and what metrics.jsonl says of losses."""
+    checkpoint = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
+    curve = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert curve == checkpoint["curve"]
+    moments = {f"{name} of {i}": value for i, state in checkpoint["optimizer"]["state"].items()
+               for name, value in state.items()}
+    losses = {(entry["step"], name): entry[name].hex() for entry in curve for name in entry
+              if name in ("loss", "val_loss", "lr", "norm")}
+    return checkpoint["model"] | moments | losses | checkpoint["rng"] | {"step": checkpoint["step"],
+                                                                         "scaler": checkpoint["scaler"]}
+
+
+def differences(a: dict, b: dict) -> list:
+    assert a.keys() == b.keys()
+    return [name for name in a if not (torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else
+                                       a[name] == b[name])]
+
+
+STEADY = ("--block_size=32", "--sample_prompt=", "--batch_size=4", "--log_interval=1", "--eval_iters=1",
+          "--eval_interval=10", "--device=cpu", "--schedule=constant", "--warmup_iters=3",
+          "--learning_rate=2e-3", "--max_tokens=3000")  # less than what is read: several epochs
+VARIANTS = {
+    "plain": (1, "--dtype=float32"),
+    "accumulation": (1, "--dtype=float32", "--gradient_accumulation_steps=4"),
+    "compiled": (1, "--dtype=float32", "--compile=True"),
+    "two ranks": (2, "--dtype=float32", "--gradient_accumulation_steps=2"),
+    "bfloat16": (1, "--dtype=bfloat16"), "float16": (1, "--dtype=float16"),
+}
+
+
+@pytest.mark.parametrize(("world_size", "options"), [(size, options) for size, *options in VARIANTS.values()],
+                         ids=VARIANTS)
+def test_resuming_is_exact(world_size, options, tiny, corpus, tmp_path):
+    """30 steps, 10 + 20 and 10 + 10 + 10 come to the same, to the last bit."""
+    options = (*STEADY, *options, f"--dataset={corpus}", f"--init_from={tiny}")
+    straight, once, twice = (tmp_path / name for name in ("straight", "once", "twice"))
+    straight.mkdir()
+    once.mkdir()
+    train_here(straight, *options, "--max_iters=30", world_size=world_size)
+    expected = outcome(straight)
+    train_here(once, *options, "--max_iters=10", world_size=world_size)
+    shutil.copytree(once, twice)
+    train_here(once, "--init_from=resume", "--max_iters=30", world_size=world_size)
+    assert differences(outcome(once), expected) == []
+    for steps in (20, 30):
+        train_here(twice, "--init_from=resume", f"--max_iters={steps}", world_size=world_size)
+    assert differences(outcome(twice), expected) == []
+    assert len([name for name in expected if name[1] == "loss"]) == 30
+
+
+@pytest.fixture(scope="session")
+def steady(tiny, corpus, tmp_path_factory) -> Path:
+    """A folder whose out stands at step 10, and whose straight/out went on to step 20."""
+    folder = tmp_path_factory.mktemp("steady")
+    options = (*STEADY, "--dtype=float16", f"--dataset={corpus}", f"--init_from={tiny}")
+    (folder / "straight").mkdir()
+    train_here(folder, *options, "--max_iters=10")
+    train_here(folder / "straight", *options, "--max_iters=20")
+    return folder
+
+
+def without_moments(checkpoint):
+    for state in checkpoint["optimizer"]["state"].values():
+        state["exp_avg_sq"].zero_()
+
+
+def without_steps(checkpoint):
+    for state in checkpoint["optimizer"]["state"].values():
+        state["step"].zero_()
+
+
+@pytest.mark.parametrize("damage", [
+    without_moments, without_steps, lambda checkpoint: checkpoint["rng"]["cpu"][100:200].zero_(),
+    lambda checkpoint: checkpoint["scaler"].update(scale=2.0), lambda checkpoint: checkpoint["curve"].pop(0),
+    lambda checkpoint: checkpoint.update(step=9), lambda checkpoint: None],
+    ids=["moments", "AdamW's step", "RNG", "scaler", "curve", "position", "nothing"])
+def test_no_item_of_state_can_be_left_out(damage, request, steady, tmp_path):
+    """The run that goes on ends like the straight one only if its checkpoint had all."""
+    shutil.copytree(steady, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out" / "ckpt.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    train_here(tmp_path, "--init_from=resume", "--max_iters=20")
+    expected, found = outcome(steady / "straight"), outcome(tmp_path)
+    whole = expected.keys() == found.keys() and not differences(found, expected)
+    assert whole == ("nothing" in request.node.callspec.id)
+
+
+def test_two_ranks_give_the_losses_of_one(tiny, corpus, tmp_path):
+    """The same batches are shared out; the sums are of other order, so float32 rounds otherwise."""
+    options = (*STEADY, "--dtype=float32", "--gradient_accumulation_steps=4", f"--dataset={corpus}",
+               f"--init_from={tiny}")
+    losses = []
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        train_here(folder, *options, "--max_iters=20", world_size=world_size)
+        losses.append(losses_in(folder))
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    begun = tmp_path / "begun alone"
+    begun.mkdir()
+    train_here(begun, *options, "--max_iters=10")
+    train_here(begun, "--init_from=resume", "--max_iters=20", world_size=2)
+    assert losses_in(begun) == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_distributed_loss_and_gradient_are_the_mean_over_all_valid_tokens(tmp_path):
+    """Four micro-batches, unevenly masked, on two ranks and on one."""
+    ids = ids_of(8, 21)
+    y = ids[:, 1:].clone()
+    y[0, 3:] = y[2:5] = -100
+    torch.save((ids[:, :-1], y), tmp_path / "batch.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29521", "PYTHONPATH": str(ROOT)}
+    ranks = [subprocess.Popen([sys.executable, script], cwd=tmp_path, env=os.environ | where | {"RANK": rank})
+             for rank in "01"]
+    assert [rank.wait(100) for rank in ranks] == [0, 0]
+    model = make(TINY)
+    _, loss = model(ids[:, :-1], targets=y)
+    loss.backward()
+    for rank in "01":
+        found, gradients = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found, loss.detach(), rtol=1e-6, atol=0)
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
+
+
+RANK = """
+import torch, train
+from contextlib import nullcontext
+from torch import distributed
+from test_smollm import TINY, make
+
+distributed.init_process_group("gloo")
+rank, model = distributed.get_rank(), make(TINY)
+x, y = torch.load("batch.pt")
+batches = [(x[i:i + 2], y[i:i + 2]) for i in (4 * rank, 4 * rank + 2)]
+ddp, scaler = torch.nn.parallel.DistributedDataParallel(model), torch.amp.GradScaler("cpu", enabled=False)
+loss = train.accumulate(ddp, batches, nullcontext(), scaler)
+torch.save((loss, [p.grad for p in model.parameters()]), f"{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def torchrun(cwd, *options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531",
+               ROOT / "train.py", *options]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def begin_torchrun(cwd, *options) -> tuple[subprocess.Popen, list[int]]:
+    """torchrun after the first steps of training, and the numbers of its two processes."""
+    process = torchrun(cwd, *options)
+    while "\nstep 3 |" not in "\n" + (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, [int(pid) for pid in children]
+
+
+def test_torchrun_saves_on_sigterm_and_ends_with_a_dead_rank(tiny, corpus, tmp_path):
+    options = (*STEADY, "--dtype=float32", "--gradient_accumulation_steps=2", f"--dataset={corpus}",
+               "--max_iters=100000", "--eval_interval=100000", f"--init_from={tiny}")
+    process, _ = begin_torchrun(tmp_path, *options)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    saved = int(re.search(r"step (\d+) \| saved", out)[1])
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == saved >= 3
+    process, ranks = begin_torchrun(tmp_path, "--overwrite=True", *options)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not Path(f"/proc/{ranks[0]}").exists()
+    process = torchrun(tmp_path, "--overwrite=True", *options, "--gradient_accumulation_steps=3")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "error: gradient_accumulation_steps is 3, it must be a multiple of torchrun's 2" in errors
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(steady, tmp_path):
+    shutil.copytree(steady / "straight", tmp_path, dirs_exist_ok=True)
+    path, previous = (tmp_path / "out" / name for name in ("ckpt.pt", "ckpt-previous.pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    expected, before = outcome(steady / "straight"), previous.read_bytes()
+    sampled = run(tmp_path, "sample.py", "--device=cpu")
+    assert (sampled.returncode, "checksums" in sampled.stderr) == (1, True)
+    resumed = run(tmp_path, "train.py", "--init_from=resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "out/ckpt.pt: can't be read: its checksums don't fit" in resumed.stdout
+    assert "going on from the one before it" in resumed.stdout
+    assert (tmp_path / "out" / "ckpt-damaged.pt").read_bytes() == data
+    assert previous.read_bytes() == before
+    assert differences(outcome(tmp_path), expected) == []
+    for damaged in (path, previous):
+        damaged.write_bytes(data)
+    refused = run(tmp_path, "train.py", "--init_from=resume")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: out/ckpt-previous.pt: can't be read")
+    assert path.read_bytes() == data
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tiny, corpus, tmp_path):
+    options = (*STEADY, "--dtype=float32", f"--dataset={corpus}", "--max_iters=100000", f"--init_from={tiny}")
+    first = Script(tmp_path, "train.py", *options)
+    first.wait_for("\nstep 2 |")
+    second = run(tmp_path, "train.py", *options)
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: out is in use by another run")
+    first.process.kill()
+    first.wait()
+    third = run(tmp_path, "train.py", *options, "--overwrite=True", "--max_iters=4")  # the lock died with it
+    assert third.returncode == 0, third.stderr
+
+
+def test_metrics_and_picture_tell_the_run(steady):
+    lines = (steady / "straight" / "out" / "metrics.jsonl").read_text().splitlines()
+    logged, evaluated = [], []
+    for entry in map(json.loads, lines):
+        (evaluated if "val_loss" in entry else logged).append(entry)
+    assert [entry["step"] for entry in logged] == list(range(1, 21))
+    assert [entry["step"] for entry in evaluated] == [0, 10, 20]
+    for entry in logged:
+        assert entry["tokens"] == entry["step"] * 4 * 32
+        assert {"loss", "lr", "tok_per_s", "mfu"} < set(entry)
+    for entry in evaluated:
+        assert entry["perplexity"] == pytest.approx(math.exp(entry["val_loss"]))
+        assert 0 < entry["bits_per_byte"] < entry["val_loss"] / math.log(2)
+    picture = matplotlib.image.imread(steady / "straight" / "out" / "loss.png")
+    assert picture.shape == (600, 960, 4)
+    colours = {tuple(pixel) for pixel in (picture[..., :3] * 255).round().astype(int).reshape(-1, 3)}
+    assert len(colours) > 50
+
+
+def test_faults_lose_nothing():
+    result = run(ROOT, "bench/faults.py", "--kills=3", "--moments=6", "--terms=2", "--disks=1", "--flips=100")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(result.stdout.splitlines()) == 5
+
+
+def losses_in(folder: Path) -> list[float]:
+    curve = map(json.loads, (folder / "out" / "metrics.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in curve if "loss" in entry]
 
 
 def test_overfit_says_whether_it_got_there(corpus, tmp_path):
@@ -695,7 +1115,8 @@ BAD = {  # what is said: the command
     "beta2 is 1.0": "train.py --beta2=1",
     "model 'gpt2' is no preset": "train.py --out_dir=new --model=gpt2",
     "dataset 'nowhere' does not exist": "train.py --out_dir=new --model=nano --dataset=nowhere",
-    "has no .md, .py, .txt files": "train.py --out_dir=new --model=nano --dataset=empty_folder",
+    "has no .jsonl, .md, .parquet, .py, .txt files":
+        "train.py --out_dir=new --model=nano --dataset=empty_folder",
     "is empty or too short": "train.py --out_dir=new --model=nano --dataset=empty.txt",
     "is not UTF-8 text": "train.py --out_dir=new --model=nano --dataset=binary.txt",
     "less than a block of 99": "train.py --out_dir=new --model=nano --block_size=99 --dataset=short_folder",
@@ -707,13 +1128,13 @@ BAD = {  # what is said: the command
         "train.py --out_dir=new --init_from=out/ckpt.pt --tokenizer=big",
     "out/ckpt.pt is at step 12 of 12": "train.py --init_from=resume",
     "learning_rate is 0.002 in out/ckpt.pt": "train.py --init_from=resume --learning_rate=1e-3",
-    "weights/ckpt.pt has weights only": "train.py --init_from=resume --out_dir=weights",
+    "weights/ckpt.pt has weights, but not all the state": "train.py --init_from=resume --out_dir=weights",
     "device 'meta' can't be used": "sample.py --device=meta",
     "seed is -1": "sample.py --seed=-1",
     "the tokenizer has 70000 tokens": "train.py --out_dir=new --model=nano --tokenizer=big",
     "nowhere.json: can't be read": "train.py --out_dir=new --model=nano --tokenizer=nowhere.json",
     "device 'abacus' can't be used": "train.py --out_dir=new --device=abacus",
-    "out/ckpt.pt exists: go on from it with --init_from=resume": "train.py --model=nano",
+    "out has a checkpoint: go on from it with --init_from=resume": "train.py --model=nano",
     "other/ckpt.pt: can't be read": "train.py --init_from=resume --out_dir=other",
     "out/nothing.pt: can't be read": "sample.py --ckpt=out/nothing.pt",
     "cut.pt: can't be read": "sample.py --ckpt=cut.pt",
@@ -753,7 +1174,8 @@ def mess(trained, tmp_path_factory) -> Path:
 
 
 def contents(folder: Path) -> dict:
-    files = (path for path in folder.rglob("*") if path.is_file() and "data" not in path.parts)
+    files = (path for path in folder.rglob("*") if path.is_file() and "data" not in path.parts
+             and path.name != ".lock")
     return {path: path.read_bytes() for path in files}
 
 
@@ -762,11 +1184,10 @@ def bad_results(mess) -> dict:
     """What each command of BAD ended with, two at a time, and that none of them changed a file."""
     def run_bad(command):
         script, *options = command.split()
-        return run(mess, script, *options, COLUMNS="200")
+        return run(mess, script, *options)
 
     before = contents(mess)
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(BAD, pool.map(run_bad, BAD.values()), strict=True))
+    results = {message: run_bad(command) for message, command in BAD.items()}
     assert contents(mess) == before
     return results
 
@@ -1062,9 +1483,17 @@ def test_hub_out_of_reach_is_one_line_and_a_cached_model_loads(tokenizer, tmp_pa
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     result = run(tmp_path, "sample.py", "--ckpt=HuggingFaceTB/SmolLM2-135M@main", **offline)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: HuggingFaceTB/SmolLM2-135M@main: not here, and the Hub")
+    assert result.stderr.startswith("error: HuggingFaceTB/SmolLM2-135M@main: not here, nor on the Hub")
     assert "README" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    for model, more in (("smollm2-135m", {}), ("nano", {"HF_HUB_OFFLINE": "1"})):  # as unplugged; at once
+        result = run(tmp_path, "train.py", "--dataset=cosmopedia", f"--model={model}", **offline, **more)
+        assert result.returncode == 1
+        error = result.stderr.splitlines()[-1]
+        assert error.startswith("error: dataset 'cosmopedia' can't be read (")
+        assert "HuggingFaceTB/" in error
+        assert "--dataset=PATH" in error
+        assert "Traceback" not in result.stderr
     cached = tmp_path / "hf" / "hub" / "models--someone--tiny"
     commit = "0123456789abcdef0123456789abcdef01234567"
     make(dataclasses.replace(TINY, vocab_size=1000)).save_pretrained(cached / "snapshots" / commit, tokenizer)

@@ -1,0 +1,101 @@
+"""Start a script of this repository in a process of its own, without waiting for torch to be imported again.
+
+The processes are forked from one that has imported what the scripts do, and run the script as `python` does:
+as `__main__`, with its own arguments, folder, output and signals. The tests and bench/faults.py start many.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+context = multiprocessing.get_context("forkserver")
+
+
+def start_server():
+    """Start what the scripts are forked from, which finds modules by PYTHONPATH alone (until Python 3.13)."""
+    context.set_forkserver_preload(["train", "sample", "tools.convert", "bench.launch", "torch._dynamo",
+                                    "torch._inductor.compile_fx", "matplotlib.backends.backend_agg"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+class Script:
+    """A running script. `out` and `err` are what it has printed so far, `process` is its process."""
+    def __init__(self, cwd, script: str, *options: str, before=None, **environment: str):
+        self.folder = tempfile.TemporaryDirectory(prefix="script-")
+        self.options, self.paths = options, [Path(self.folder.name, name) for name in ("out", "err")]
+        for path in self.paths:
+            path.touch()
+        start_server()
+        arguments = (str(cwd), script, options, [str(path) for path in self.paths], before, environment)
+        self.process = context.Process(target=_run, args=arguments)
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return self.paths[0].read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self.paths[1].read_text(errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 120):
+        """Until it has printed text. RuntimeError if it ends, or takes longer, without."""
+        deadline = time.monotonic() + seconds
+        while text not in self.out:
+            if not self.process.is_alive() or time.monotonic() > deadline:
+                if text in self.out:
+                    return
+                raise RuntimeError(f"{text!r} did not come: {self.out}{self.err}")
+            time.sleep(0.01)
+
+    def wait(self, seconds: float = 300) -> subprocess.CompletedProcess:
+        """Until it ends. TimeoutExpired, and its end, if it takes longer."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.options, seconds, self.out, self.err)
+        result = subprocess.CompletedProcess(self.options, self.process.exitcode, self.out, self.err)
+        self.folder.cleanup()
+        return result
+
+
+def _run(cwd: str, script: str, options, paths: list[str], before, environment: dict):
+    for number, path in enumerate((os.devnull, *paths)):
+        os.dup2(os.open(path, os.O_RDWR), number)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, "rw"[n > 0], closefd=False) for n in range(3))  # noqa: SIM115
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which a kill leaves behind
+    os.chdir(cwd)
+    os.environ.update(environment)
+    sys.argv = [script, *options]
+    sys.path.insert(0, str((ROOT / script).parent))
+    code = 1
+    try:
+        if before:
+            before()
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
