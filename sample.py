@@ -18,7 +18,8 @@ import torch
 import tyro
 from tokenizers.decoders import DecodeStream
 
-from smollm import InputError, KVCache, SmolLM, check_tokenizer, load_tokenizer, one_line_errors, pick_device
+from smollm import (InputError, KVCache, SmolLM, check_tokenizer, load_tokenizer, local_path, one_line_errors,
+                    pick_device)
 
 
 @dataclass
@@ -119,7 +120,9 @@ def chat(model, tokenizer, o: Options, device, sampling: dict):
 
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdout.reconfigure(errors="replace")
+    if sys.stdin:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # be quiet when `| head` has seen enough
     o = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
@@ -134,8 +137,9 @@ if __name__ == "__main__":
     if o.dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         o.dtype = "bfloat16" if fast else "float32"
-    tokenizer = load_tokenizer(o.ckpt)
-    model = SmolLM.from_pretrained(o.ckpt, device, getattr(torch, o.dtype))
+    source = local_path(o.ckpt)
+    tokenizer = load_tokenizer(source)
+    model = SmolLM.from_pretrained(source, device, getattr(torch, o.dtype))
     check_tokenizer(tokenizer, model.config)
     sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p,
                 "generator": torch.Generator(device).manual_seed(o.seed)}

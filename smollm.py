@@ -27,7 +27,7 @@ class InputError(ValueError):
 
 def one_line_errors(kind, error, traceback):
     """A `sys.excepthook` for scripts: what user or machine did is told in one line, bugs keep a traceback."""
-    if issubclass(kind, InputError | OSError | KeyboardInterrupt):
+    if issubclass(kind, InputError | OSError | KeyboardInterrupt | torch.OutOfMemoryError):
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

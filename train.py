@@ -11,10 +11,10 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -23,13 +23,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from smollm import (PRESETS, InputError, SmolLM, check_tokenizer, load_checkpoint, load_tokenizer, local_path,
                     one_line_errors, pick_device)
+from tools.checkpoint import lock_folder, previous_of, save_checkpoint, use_newest_whole
 from tools.plot import plot
 from tools.prepare import WINDOW, end_of_text, prepare_data
 
@@ -183,6 +183,16 @@ def evaluate(model, batches: list, autocast) -> float:
     return float(np.average(losses, weights=sizes))
 
 
+def say(text: str, file=None):
+    """A line of the log, above the progress bar. When Ctrl-C ends the `tee` of `| tee log.txt`, too, the line
+    is lost, but not the run."""
+    file = file or sys.stdout
+    try:
+        tqdm.write(text, file)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def continue_text(model: SmolLM, tokenizer: Tokenizer, prompt: str, seed: int, device) -> str:
     """The prompt and up to 64 tokens that the model adds. An empty prompt starts from the bos token."""
     limit = model.config.max_position_embeddings
@@ -191,82 +201,40 @@ def continue_text(model: SmolLM, tokenizer: Tokenizer, prompt: str, seed: int, d
                              top_k=50, generator=torch.Generator(device).manual_seed(seed))
     return tokenizer.decode(ids + [column.item() for column in columns])
 
-
-def save_checkpoint(path: Path, checkpoint: dict, keep: bool):
-    """Write beside path, sync, rename: whenever the power goes, path or ckpt-previous.pt is whole. With keep,
-    what was at path becomes ckpt-previous.pt; without, both are gone when the new one is there."""
-    temporary, previous = path.with_suffix(".tmp"), path.with_name("ckpt-previous.pt")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-        if not keep:
-            previous.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch tells of a full disk
-        raise InputError(f"{path} can't be written, it is as it was before: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def use_newest_whole(path: Path):
-    """If the checkpoint at path is gone or damaged, by its checksums, put the one before it in its place."""
-    previous = path.with_name("ckpt-previous.pt")
-    try:
-        load_checkpoint(path)
-    except InputError as error:
-        if not previous.exists():
-            raise
-        load_checkpoint(previous)
-        print(f"{error}; going on from the one before it")
-        if path.exists():
-            os.replace(path, path.with_name("ckpt-damaged.pt"))
-        os.replace(previous, path)
-
 # ---- The script
 
 
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
-    sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a log file has each line at once
     o = parse_options()
 
     # This process alone, or one of torchrun's, on a GPU each if there are GPUs. Rank 0 speaks and writes.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(o.device)
-    if world_size > 1:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    own_gpu = world_size > 1 and o.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else o.device)
+    if own_gpu:
+        torch.cuda.set_device(device)
+    if world_size > 1:  # an evaluation, which the others wait for, may take long; torchrun sees to the dead
+        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=2))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
     # The folder, which has one run at a time
     ckpt_path = Path(o.out_dir, "ckpt.pt")
     if not o.overfit and rank == 0:
-        Path(o.out_dir).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(o.out_dir, ".lock"))  # the system lets go of it when the process dies
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(f"{o.out_dir} is in use by another run: wait until it has ended, or choose "
-                             "another --out_dir") from None
-        tempfile.TemporaryFile(dir=o.out_dir).close()  # a folder that is read-only fails now, not later
+        lock = lock_folder(ckpt_path.parent)
         if o.init_from == "resume":
             use_newest_whole(ckpt_path)
-        elif not o.overwrite and (ckpt_path.exists() or ckpt_path.with_name("ckpt-previous.pt").exists()):
+        elif not o.overwrite and (ckpt_path.exists() or previous_of(ckpt_path).exists()):
             raise InputError(f"{o.out_dir} has a checkpoint: go on from it with --init_from=resume, choose "
                              "another --out_dir, or start over with --overwrite=True")
-    over_ranks(torch.zeros(1, device=device))  # waits for rank 0
+    over_ranks(torch.zeros(1, device=device)).item()  # the others wait for rank 0
 
     # A run that resumes keeps its options, but for those that don't change what is trained.
     if o.init_from == "resume":
         checkpoint = load_checkpoint(ckpt_path)
-        state = {"optimizer", "scaler", "rng", "curve", "options", "step"}
+        state = {"optimizer", "scaler", "rng", "data", "curve", "options", "step"}
         if not state <= set(checkpoint) or set(checkpoint["options"]) != set(vars(o)):
             raise InputError(f"{ckpt_path} has weights, but not all the state of a run of this train.py: use "
                              f"another --out_dir and --init_from={ckpt_path}")
@@ -321,9 +289,12 @@ if __name__ == "__main__":
                         (1 if o.overfit else o.max_iters) * step_size / window_size)
     folder, meta, tokenizer = prepare_data(o.dataset, o.dataset_config, o.text_column, tokenizer,
                                            config.vocab_size, windows)
-    counts = meta["windows"][:windows][-1]
-    train_tokens, val_tokens = (np.memmap(folder / f"{split}.bin", meta["dtype"], "r", shape=counts[split])
-                                for split in ("train", "val"))
+    read = meta["windows"][:windows]  # counts of tokens up to the end of each window
+    train_tokens = np.memmap(folder / "train.bin", meta["dtype"], "r", shape=read[-1]["train"])
+    val_tokens = np.memmap(folder / "val.bin", meta["dtype"], "r", shape=read[0]["val"])
+    if o.init_from == "resume" and read[:len(checkpoint["data"])] != checkpoint["data"]:
+        raise InputError(f"dataset {o.dataset!r} is not what it was when {ckpt_path} was saved: bring that "
+                         f"back, or start anew with --init_from={ckpt_path} in another --out_dir")
     num_blocks = min((len(train_tokens) - 1) // o.block_size, windows * window_size,
                      (o.max_tokens or 2**63) // o.block_size)
     if not num_blocks:
@@ -364,7 +335,8 @@ if __name__ == "__main__":
         stopped_by.append(signum)
         if world_size == 1:  # torchrun passes on to its processes what the terminal has sent them already
             signal.signal(signum, signal.SIG_DFL)
-        tqdm.write("finishing this step, then saving; once more leaves at once", file=sys.stderr)
+        if rank == 0:
+            say("finishing this step, then saving", sys.stderr)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, finish_step)
@@ -388,22 +360,27 @@ if __name__ == "__main__":
         evaluated = curve and "val_loss" in curve[-1] and curve[-1]["step"] == step  # before it was resumed
         if writes and (step % o.eval_interval == 0 or ends) and not evaluated:
             paused = time.perf_counter()
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise InputError(f"after step {step} not all weights are finite: lower the learning_rate; "
+                                 "the last checkpoint is as it was")
             if not stop:
                 val_loss = evaluate(forward, val_batches, autocast)
-                log(step, val_loss=val_loss, perplexity=math.exp(min(val_loss, 99)),
-                    bits_per_byte=val_loss / math.log(2) * counts["val"] / counts["val_bytes"])
-                best = min(entry["val_loss"] for entry in curve if "val_loss" in entry)
-                bar.write(f"step {step} | validation loss {val_loss:.4f}, best {best:.4f} | perplexity "
-                          f"{curve[-1]['perplexity']:.2f} | {curve[-1]['bits_per_byte']:.4f} bits per byte")
-                bar.write(continue_text(model, tokenizer, o.sample_prompt, o.seed, device))
+                perplexity = math.exp(min(val_loss, 99))
+                bits_per_byte = val_loss / math.log(2) * read[0]["val"] / read[0]["val_bytes"]
+                log(step, val_loss=val_loss, perplexity=perplexity, bits_per_byte=bits_per_byte)
+                best = min((entry["val_loss"] for entry in curve if "val_loss" in entry), default=val_loss)
+                say(f"step {step} | validation loss {val_loss:.4f}, best {best:.4f} | perplexity "
+                    f"{perplexity:.2f} | {bits_per_byte:.4f} bits per byte")
+                say(continue_text(model, tokenizer, o.sample_prompt, o.seed, device))
             if step > first_step:
                 save_checkpoint(ckpt_path, {
                     "model": model.state_dict(), "config": asdict(config), "tokenizer": tokenizer.to_str(),
-                    "options": asdict(o), "step": step, "curve": curve, "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state()} | (
+                    "options": asdict(o), "step": step, "data": read, "curve": curve,
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                    "rng": {"cpu": torch.get_rng_state()} | (
                         {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}, keep)
                 keep = True
-                bar.write(f"step {step} | saved {ckpt_path}")
+                say(f"step {step} | saved {ckpt_path}")
                 plot({o.out_dir: curve}, Path(o.out_dir, "loss.png"))
             clock += time.perf_counter() - paused
         if ends:
@@ -435,15 +412,16 @@ if __name__ == "__main__":
             clock, clocked_step = time.perf_counter(), step + 1
             mfu = rate * model.flops_per_token(o.block_size) / (peak[o.dtype] * world_size)
             log(step + 1, loss=loss.item(), lr=lr_at(step, o), norm=norm.item(), tok_per_s=rate, mfu=mfu)
-            bar.write(f"step {step + 1} | loss {loss:.4f} | lr {lr_at(step, o):.2e} | norm {norm:.2f} | "
-                      f"{rate:,.0f} tok/s | MFU {mfu:.1%}")
+            say(f"step {step + 1} | loss {loss:.4f} | lr {lr_at(step, o):.2e} | norm {norm:.2f} | "
+                f"{rate:,.0f} tok/s | MFU {mfu:.1%}")
         if o.overfit and loss < OVERFIT_LOSS:
             break
     bar.close()
-    if o.overfit:
+    if o.overfit and not stop:
         print(f"overfit: the loss of the one batch is {loss:.4f} after {min(step + 1, o.max_iters)} steps")
         if loss >= OVERFIT_LOSS:
             raise InputError(f"{OVERFIT_LOSS} was not reached: try more max_iters, or another learning_rate")
     if world_size > 1:
+        over_ranks(torch.zeros(1, device=device)).item()  # a rank that ended would take down one that saves
         dist.destroy_process_group()
     sys.exit(128 + stop if stop else 0)

@@ -8,7 +8,6 @@ takes when there is nothing left to do. Exits with 1 if preparing twice differs.
 """
 
 import hashlib
-import os
 import random
 import subprocess
 import sys
@@ -47,14 +46,13 @@ def write_corpus(folder: Path, tokens: int, lines: list[str]):
 
 def prepare(cwd: Path, corpus: Path, tokenizer: Path, tokens: int) -> tuple[float, float, str]:
     """Seconds, peak memory in GB and the last line printed of tools/prepare.py, run in cwd."""
-    command = [sys.executable, SCRIPT, f"--dataset={corpus}", f"--tokenizer={tokenizer}",
+    code = ("import re, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])")
+    command = [sys.executable, "-c", code, SCRIPT, f"--dataset={corpus}", f"--tokenizer={tokenizer}",
                f"--max_tokens={tokens}"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True)
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, out
-    return time.perf_counter() - start, usage.ru_maxrss / 1e6, out.splitlines()[-1]
+    *_, said, memory = subprocess.check_output(command, cwd=cwd, text=True).splitlines()
+    return time.perf_counter() - start, int(memory) * 1024 / 1e9, said
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -38,9 +38,9 @@ def plot(curves: dict[str, list[dict]], picture: Path):
     rates.xaxis.set_major_formatter(EngFormatter())
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
-    temporary = picture.with_suffix(".tmp")
+    temporary = picture.with_name(f"{picture.name}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format=picture.suffix[1:], dpi=120)
         os.replace(temporary, picture)
     finally:
         temporary.unlink(missing_ok=True)
@@ -65,4 +65,6 @@ class Options:
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
     o = tyro.cli(Options, description=__doc__, use_underscores=True)
+    if Path(o.picture).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"picture is {o.picture}, it must end in .png, .svg or .pdf")
     plot({name: read_curve(Path(name)) for name in o.metrics}, Path(o.picture))

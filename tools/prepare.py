@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from smollm import InputError, first_line, load_tokenizer, one_line_errors, read_json
+from smollm import InputError, load_tokenizer, one_line_errors, read_json
 
 WINDOW = 2**24  # tokens: what is made whole or not at all, and what train.py shuffles within
 BATCH = 200  # documents that are read and encoded at once; the first is held out, for validation
@@ -54,13 +54,15 @@ def reading(dataset: str):
     try:
         yield
     except Exception as error:
-        hint = "; a file or folder of your own, --dataset=PATH, needs no Hub" if is_on_hub(dataset) else ""
-        raise InputError(f"dataset {dataset!r} can't be read ({first_line(error)}){hint}") from error
+        said = " ".join(str(error).split())[:500] or repr(error)
+        hint = ("; see --dataset_config and --text_column, or do without the Hub: give a file or folder of "
+                "your own, --dataset=PATH" if is_on_hub(dataset) else "")
+        raise InputError(f"dataset {dataset!r} can't be read ({said}){hint}") from error
 
 
 def is_on_hub(dataset: str) -> bool:
     path = Path(dataset)
-    return dataset in HUB or (dataset.count("/") == 1 and not path.exists() and path.suffix not in LOCAL)
+    return not path.exists() and (dataset in HUB or (dataset.count("/") == 1 and path.suffix not in LOCAL))
 
 
 def find_files(dataset: str) -> list[Path]:
@@ -89,7 +91,7 @@ def read_texts(files: list[str], column: str, alone: bool):
         except UnicodeDecodeError as error:
             if alone:
                 raise ValueError(f"it is not UTF-8 text: {error.reason}") from None
-            tqdm.write(f"left out {name}, it is not UTF-8 text", file=sys.stderr)
+            tqdm.write(f"left out {name}, or the rest of it: it is not UTF-8 text", file=sys.stderr)
 
 
 def open_streams(dataset: str, config: str | None, column: str, files: list[Path]) -> list[tuple]:
@@ -188,19 +190,18 @@ def write_windows(folder: Path, meta: dict, streams: list[tuple], tokenizer: Tok
             if meta["ended"] or counts["train"] > (len(meta["windows"]) + 1) * WINDOW:
                 meta["windows"].append(dict(counts))
                 meta["states"] = [stream.state_dict() for _, stream in streams]
-                save_window(folder, meta, train, val)
+                write_whole(folder / "meta.json", json.dumps(meta), train, val)
     tokenizer.encode_special_tokens = False
 
 
-def save_window(folder: Path, meta: dict, *files):
-    """Only when meta.json says so is a window there: after its tokens have reached the disk."""
-    temporary = folder / "meta.tmp"
-    with open(temporary, "w") as file:
-        json.dump(meta, file)
+def write_whole(path: Path, text: str, *files):
+    """Write a file that is there only when it, and the files written before it, have reached the disk."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
         for written in (*files, file):
             written.flush()
             os.fsync(written.fileno())
-    os.replace(temporary, folder / "meta.json")
+    os.replace(f"{path}.tmp", path)
 
 
 @contextmanager
@@ -240,15 +241,15 @@ def prepare_data(dataset: str, config: str | None, column: str, tokenizer: Token
         with locked(path):
             if not path.exists():
                 texts = first_texts(dataset, open_streams(dataset, config, column, files))
-                train_tokenizer(texts, vocab_size).save(f"{path}.tmp")
-                os.replace(f"{path}.tmp", path)
+                write_whole(path, train_tokenizer(texts, vocab_size).to_str())
         tokenizer = load_tokenizer(path)
     folder = Path("data", f"{name}-{sha256(repr((what, tokenizer.to_str())))[:12]}")
     with locked(folder):
         folder.mkdir(exist_ok=True)
         dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
-        meta = read_meta(folder) or {"dataset": dataset, "dtype": dtype, "ended": False, "states": [],
-                                     "windows": [], "sizes": [0] * len(HUB.get(dataset, [0]))}
+        sizes = [0] * len(HUB[dataset]) if on_hub and dataset in HUB else [0]
+        meta = read_meta(folder) or {"dataset": dataset, "dtype": dtype, "ended": False, "windows": [],
+                                     "sizes": sizes, "states": []}
         if len(meta["windows"]) < windows and not meta["ended"]:
             write_windows(folder, meta, open_streams(dataset, config, column, files), tokenizer, windows)
     if not meta["windows"][-1]["train"] or meta["windows"][-1]["val"] < 2:
