@@ -167,8 +167,8 @@ def accumulate(model, batches: list, autocast, scaler) -> torch.Tensor:
     for i, (x, y) in enumerate(batches):
         with autocast, nullcontext() if world_size == 1 or i == len(batches) - 1 else model.no_sync():
             _, loss = model(x, targets=y)
-            loss = loss * ((y != -100).sum() / valid)
-            scaler.scale(loss * world_size).backward()  # of which DDP takes the mean
+        loss = loss * ((y != -100).sum() / valid)
+        scaler.scale(loss * world_size).backward()  # DDP takes the mean over ranks
         total += loss.detach()
     return over_ranks(total)
 

@@ -32,7 +32,7 @@ from bench.launch import Script
 from smollm import Config, InputError, SmolLM, load_checkpoint
 from tools import convert, prepare
 
-STEPS, SAVES = 60, 5  # steps of a run, and from checkpoint to checkpoint
+STEPS, SAVES = 40, 5  # steps of a run, and from checkpoint to checkpoint
 
 
 @dataclass
