@@ -1008,7 +1008,14 @@ RANK = """
 import torch, train
 from contextlib import nullcontext
 from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from smollm import Config, SmolLM
+
+calls = []
+
+def counted(group, bucket):
+    calls.append(bucket)
+    return allreduce_hook(group, bucket)
 
 distributed.init_process_group("gloo")
 x, y, config, weights = torch.load("given.pt")
@@ -1016,7 +1023,9 @@ rank, model = distributed.get_rank(), SmolLM(Config(**config))
 model.load_state_dict(weights)
 batches = [(x[i:i + 2], y[i:i + 2]) for i in (4 * rank, 4 * rank + 2)]
 ddp, scaler = torch.nn.parallel.DistributedDataParallel(model), torch.amp.GradScaler("cpu", enabled=False)
+ddp.register_comm_hook(None, counted)
 loss = train.accumulate(ddp, batches, nullcontext(), scaler)
+assert len(calls) == 1  # the ranks meet once, after the last micro-batch
 torch.save((loss, [p.grad for p in model.parameters()]), f"{rank}.pt")
 distributed.destroy_process_group()
 """
