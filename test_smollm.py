@@ -17,8 +17,10 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
@@ -850,9 +852,15 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save(signum, trained, corpus, tm
 # Stop and go on, alone and with others
 
 
-def distributed(cwd, *options, world_size=2, port=29511) -> list[Script]:
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def distributed(cwd, *options, world_size=2) -> list[Script]:
     """train.py in world_size processes, as torchrun starts them."""
-    where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [Script(cwd, "train.py", *options, **where, RANK=str(rank), LOCAL_RANK=str(rank),
                    OMP_NUM_THREADS="1") for rank in range(world_size)]
 
@@ -990,9 +998,9 @@ def test_distributed_loss_and_gradient_are_the_mean_over_all_valid_tokens(tmp_pa
     torch.save((ids[:, :-1], y, dataclasses.asdict(TINY), make(TINY).state_dict()), tmp_path / "given.pt")
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29521", "PYTHONPATH": str(ROOT)}
-    ranks = [subprocess.Popen([sys.executable, script], cwd=tmp_path, env=os.environ | where | {"RANK": rank})
-             for rank in "01"]
+    where = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [subprocess.Popen([sys.executable, script], cwd=tmp_path,
+                              env=where | {"RANK": rank, "PYTHONPATH": str(ROOT)}) for rank in "01"]
     assert [rank.wait(100) for rank in ranks] == [0, 0]
     model = make(TINY)
     _, loss = model(ids[:, :-1], targets=y)
@@ -1032,8 +1040,8 @@ distributed.destroy_process_group()
 
 
 def torchrun(cwd, *options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531",
-               ROOT / "train.py", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               f"--master_port={free_port()}", ROOT / "train.py", *options]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -1125,7 +1133,7 @@ def test_metrics_and_picture_tell_the_run(steady):
 
 
 def test_faults_lose_nothing():
-    result = run(ROOT, "bench/faults.py", "--kills=3", "--moments=4", "--terms=1", "--disks=1", "--flips=100")
+    result = run(ROOT, "bench/faults.py", "--kills=2", "--moments=4", "--terms=1", "--disks=1", "--flips=100")
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(result.stdout.splitlines()) == 5
 
@@ -1133,6 +1141,26 @@ def test_faults_lose_nothing():
 def losses_in(folder: Path) -> list[float]:
     curve = map(json.loads, (folder / "out" / "metrics.jsonl").read_text().splitlines())
     return [entry["loss"] for entry in curve if "loss" in entry]
+
+
+def test_a_second_signal_leaves_at_once(trained, corpus, tmp_path):
+    script = Script(tmp_path, "train.py", *SMALL, f"--dataset={corpus}", "--gradient_accumulation_steps=1000")
+    script.wait_for("best ")  # it has evaluated, and begins a step of many seconds
+    time.sleep(1)
+    for _ in range(2):
+        os.kill(script.process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    assert script.wait(2).returncode == -signal.SIGINT
+
+
+def test_cosmopedia_like_parquet_trains(tiny, tmp_path):
+    (tmp_path / "cosmopedia-v2").mkdir()
+    for shard in range(2):
+        texts = [f"Lesson {i} of part {shard}: {'a fact, ' * (i % 30)}" for i in range(300)]
+        write_parquet(tmp_path / "cosmopedia-v2" / f"{shard}.parquet", texts)
+    train_here(tmp_path, *STEADY, "--dataset=cosmopedia-v2", f"--init_from={tiny}", "--max_iters=20")
+    losses = losses_in(tmp_path)
+    assert losses[-1] < losses[0] - 1
 
 
 def test_overfit_says_whether_it_got_there(corpus, tmp_path):
