@@ -44,8 +44,9 @@ def save_checkpoint(path: Path, checkpoint: dict, keep: bool):
         os.replace(temporary, path)
         if not keep:
             previous_of(path).unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch tells of a full disk
-        raise InputError(f"{path} can't be written, the last checkpoint is as it was: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"{path} can't be written, the last checkpoint is as it was: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
