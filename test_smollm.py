@@ -1103,7 +1103,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tiny
     options = (*STEADY, "--dtype=float32", f"--dataset={corpus}", "--max_iters=100000", f"--init_from={tiny}")
     first = Script(tmp_path, "train.py", *options)
     first.wait_for("\nstep 2 |")
-    second = run(tmp_path, "train.py", *options)
+    second = run(tmp_path, "train.py", *options, "--overwrite=True", "--max_iters=4")
     assert second.returncode == 1
     assert second.stderr.startswith("error: out is in use by another run")
     first.process.kill()
