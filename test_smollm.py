@@ -5,6 +5,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import io
 import itertools
@@ -984,8 +985,8 @@ def test_two_ranks_give_the_losses_of_one(tiny, corpus, tmp_path):
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     begun = tmp_path / "begun alone"
-    begun.mkdir()
-    train_here(begun, *options, "--max_iters=10")
+    shutil.copytree(tmp_path / "1", begun)
+    os.replace(begun / "out" / "ckpt-previous.pt", begun / "out" / "ckpt.pt")  # of step 10
     train_here(begun, "--init_from=resume", "--max_iters=20", world_size=2)
     assert losses_in(begun) == pytest.approx(losses[0], rel=1e-5)
 
@@ -1133,7 +1134,7 @@ def test_metrics_and_picture_tell_the_run(steady):
 
 
 def test_faults_lose_nothing():
-    result = run(ROOT, "bench/faults.py", "--kills=2", "--moments=4", "--terms=1", "--disks=1", "--flips=100")
+    result = run(ROOT, "bench/faults.py", "--kills=2", "--moments=3", "--terms=1", "--disks=1", "--flips=100")
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(result.stdout.splitlines()) == 5
 
@@ -1353,6 +1354,12 @@ def greedy(model: SmolLM, ids: list[int], count: int, eos_id=None) -> list[int]:
     return [column.item() for column in columns]
 
 
+@pytest.fixture(scope="session")
+def real_greedy(real_model):
+    """The real model's greedy continuation, of 64 tokens, of a tuple of ids; each is made once."""
+    return functools.cache(lambda ids: greedy(real_model, list(ids), 64, eos_id=2))
+
+
 def varied_strings(count: int) -> list[str]:
     rng = random.Random(0)
     parts = ["def f(x):\n    return x ** 2", "漢字かな交じり文", "🙂👩‍👩‍👧‍👦🇨🇭", "1234567890", "3.14e-10",
@@ -1403,9 +1410,9 @@ def test_real_logits_equal_transformers(real, real_model, real_hf):
 
 @needs_weights
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
-def test_real_greedy_text_equals_transformers(chat, real, real_model, real_hf):
+def test_real_greedy_text_equals_transformers(chat, real, real_greedy, real_hf):
     """Ours is theirs if each token of it is the likeliest by their logits of all that precede it, which takes
-    one pass. For the first prompt it is compared with what their generate returns, as well."""
+    one pass. The first plain one is compared with what their generate returns, as well."""
     tokenizer, prompts = AutoTokenizer.from_pretrained(real), PROMPTS
     if chat:
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
@@ -1417,8 +1424,8 @@ def test_real_greedy_text_equals_transformers(chat, real, real_model, real_hf):
     def both(prompt):
         torch.set_num_threads(1)  # of this thread; one row keeps one core busy
         ids = load_tokenizer(real).encode(prompt).ids
-        x, ours = torch.tensor([ids]), greedy(real_model, ids, 64, eos_id=2)
-        if prompt == prompts[0]:
+        x, ours = torch.tensor([ids]), real_greedy(tuple(ids))
+        if prompt == PROMPTS[0]:
             made = real_hf.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=64, do_sample=False)
             return ours, made[0, len(ids):].tolist()
         with torch.no_grad():
@@ -1503,13 +1510,13 @@ def test_chat_turns_cost_their_new_tokens_and_add_up_to_the_whole_conversation(t
 
 
 @needs_weights
-def test_real_model_gives_the_same_text_in_llama_cpp(real, real_model, tmp_path):
+def test_real_model_gives_the_same_text_in_llama_cpp(real, real_greedy, tmp_path):
     result = run(tmp_path, "tools/convert.py", str(real), "real.gguf")
     assert result.returncode == 0, result.stderr
     tokenizer, llama = load_tokenizer(real), LlamaCpp(tmp_path / "real.gguf")
     for prompt in PROMPTS[:5]:
         ids = tokenizer.encode(prompt).ids
-        assert llama.generate(ids, 32) == greedy(real_model, ids, 32, eos_id=2), prompt
+        assert llama.generate(ids, 32) == real_greedy(tuple(ids))[:32], prompt
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -1582,9 +1589,8 @@ def test_hub_out_of_reach_is_one_line_and_a_cached_model_loads(tokenizer, tmp_pa
     for revision in ("main", "v2"):
         (cached / "refs").mkdir(exist_ok=True)
         (cached / "refs" / revision).write_text(commit)
-    for name in ("someone/tiny", "someone/tiny@v2"):
-        result = run(tmp_path, "sample.py", f"--ckpt={name}", "--max_new_tokens=5", **offline)
-        assert result.returncode == 0, result.stderr
+    result = run(tmp_path, "sample.py", "--ckpt=someone/tiny@v2", "--max_new_tokens=5", **offline)
+    assert result.returncode == 0, result.stderr
 
 
 class Payload:
