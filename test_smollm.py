@@ -782,6 +782,28 @@ def test_a_run_outlives_the_reader_of_its_log(corpus, tmp_path):
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] >= 3
 
 
+def test_resuming_is_exact_when_more_windows_or_fewer_are_read(tiny, corpus, tmp_path):
+    """Windows of 8 steps: 10 steps read two of them, 30 read four."""
+    small = functools.partial(exec, "from tools import prepare; prepare.WINDOW, prepare.BATCH = 1024, 2")
+
+    def train_in(name, *options):
+        (tmp_path / name).mkdir(exist_ok=True)
+        result = Script(tmp_path / name, "train.py", *options, before=small).wait()
+        assert result.returncode == 0, result.stderr
+
+    begin = [option for option in STEADY if "max_tokens" not in option]
+    begin += ["--dtype=float32", f"--dataset={corpus}", f"--init_from={tiny}"]
+    train_in("straight", *begin, "--max_iters=30")
+    train_in("parts", *begin, "--max_iters=10")
+    path = tmp_path / "parts" / "out" / "ckpt.pt"
+    assert len(load_checkpoint(path)["data"]) == 2
+    train_in("parts", "--init_from=resume", "--max_iters=30")
+    assert len(load_checkpoint(path)["data"]) == 4
+    assert differences(outcome(tmp_path / "parts"), outcome(tmp_path / "straight")) == []
+    path.with_name("ckpt-previous.pt").replace(path)  # of step 20, which would have read four
+    train_in("parts", "--init_from=resume", "--max_iters=21")
+
+
 def test_resuming_on_other_data_is_refused(tiny, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "texts")
     train_here(tmp_path, *STEADY, "--dataset=texts", f"--init_from={tiny}", "--max_iters=4")

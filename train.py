@@ -292,7 +292,7 @@ if __name__ == "__main__":
     read = meta["windows"][:windows]  # counts of tokens up to the end of each window
     train_tokens = np.memmap(folder / "train.bin", meta["dtype"], "r", shape=read[-1]["train"])
     val_tokens = np.memmap(folder / "val.bin", meta["dtype"], "r", shape=read[0]["val"])
-    if o.init_from == "resume" and read[:len(checkpoint["data"])] != checkpoint["data"]:
+    if o.init_from == "resume" and any(a != b for a, b in zip(read, checkpoint["data"], strict=False)):
         raise InputError(f"dataset {o.dataset!r} is not what it was when {ckpt_path} was saved: bring that "
                          f"back, or start anew with --init_from={ckpt_path} in another --out_dir")
     num_blocks = min((len(train_tokens) - 1) // o.block_size, windows * window_size,
