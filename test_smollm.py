@@ -29,8 +29,6 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import xllamacpp
@@ -50,9 +48,11 @@ import sample
 import train
 from smollm import (PRESETS, SHARD_INDEX, Config, InputError, KVCache, SmolLM, check_tokenizer,
                     load_checkpoint, load_tokenizer, rope_table, sample_token)
+from bench import data as bench_data
 from bench.launch import Script
 from tools import convert, prepare
 from tools.checkpoint import save_checkpoint
+from tools.plot import read_curve
 
 ROOT = Path(__file__).parent
 os.environ["COLUMNS"] = "200"  # for the messages of the command-line library
@@ -469,11 +469,7 @@ def prepared(dataset, tokenizer, windows=1, column="text"):
     return folder, meta, *(np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val"))
 
 
-def write_parquet(path: Path, texts: list[str], column="text"):
-    """With the columns of cosmopedia-v2, in row groups of 100."""
-    columns = {name: ["x"] * len(texts) for name in ("prompt", "audience", "format", "seed_data")}
-    table = pyarrow.table({column: texts, "token_length": [0] * len(texts)} | columns)
-    pyarrow.parquet.write_table(table, path, row_group_size=100)
+write_parquet = functools.partial(bench_data.write_parquet, row_group_size=100)
 
 
 def write_jsonl(path: Path, texts: list[str]):
@@ -504,7 +500,7 @@ def test_documents_are_packed_with_eos_and_the_first_of_200_is_held_out(tokenize
 def test_text_jsonl_and_parquet_give_the_same_tokens(tokenizer, here):
     texts = [f"text {i}: {'many words ' * (i % 5)}" for i in range(250)]
     write_parquet(here / "a.parquet", texts)
-    write_parquet(here / "content.parquet", texts, "content")
+    write_parquet(here / "content.parquet", texts, column="content")
     write_jsonl(here / "a.jsonl", texts)
     tokens = prepared("a.parquet", tokenizer)[2]
     assert np.array_equal(prepared("a.jsonl", tokenizer)[2], tokens)
@@ -907,7 +903,7 @@ def train_here(cwd, *options, world_size=1):
 def outcome(folder: Path) -> dict:
     """All that a run has come to, exactly: its state, and what metrics.jsonl says of losses."""
     checkpoint = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
-    curve = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    curve = read_curve(folder / "out" / "metrics.jsonl")
     assert curve == checkpoint["curve"]
     moments = {f"{name} of {i}": value for i, state in checkpoint["optimizer"]["state"].items()
                for name, value in state.items()}
@@ -1136,9 +1132,8 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tiny
 
 
 def test_metrics_and_picture_tell_the_run(steady):
-    lines = (steady / "straight" / "out" / "metrics.jsonl").read_text().splitlines()
     logged, evaluated = [], []
-    for entry in map(json.loads, lines):
+    for entry in read_curve(steady / "straight" / "out" / "metrics.jsonl"):
         (evaluated if "val_loss" in entry else logged).append(entry)
     assert [entry["step"] for entry in logged] == list(range(1, 21))
     assert [entry["step"] for entry in evaluated] == [0, 10, 20]
@@ -1162,7 +1157,7 @@ def test_faults_lose_nothing():
 
 
 def losses_in(folder: Path) -> list[float]:
-    curve = map(json.loads, (folder / "out" / "metrics.jsonl").read_text().splitlines())
+    curve = read_curve(folder / "out" / "metrics.jsonl")
     return [entry["loss"] for entry in curve if "loss" in entry]
 
 

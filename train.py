@@ -233,7 +233,7 @@ if __name__ == "__main__":
 
     # A run that resumes keeps its options, but for those that don't change what is trained.
     if o.init_from == "resume":
-        checkpoint = load_checkpoint(ckpt_path)
+        checkpoint = load_checkpoint(ckpt_path, check=False)  # rank 0 has checked it
         state = {"optimizer", "scaler", "rng", "data", "curve", "options", "step"}
         if not state <= set(checkpoint) or set(checkpoint["options"]) != set(vars(o)):
             raise InputError(f"{ckpt_path} has weights, but not all the state of a run of this train.py: use "

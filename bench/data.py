@@ -33,15 +33,20 @@ class Options:
     tokens: list[int] = field(default_factory=lambda: [20_000_000, 100_000_000])  # prepared, of each corpus
 
 
+def write_parquet(path: Path, texts: list[str], row_group_size: int, column: str = "text"):
+    """With the columns of cosmopedia-v2."""
+    columns = {name: ["x"] * len(texts) for name in ("prompt", "audience", "format", "seed_data")}
+    table = pyarrow.table({column: texts, "token_length": [0] * len(texts)} | columns)
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+
+
 def write_corpus(folder: Path, tokens: int, lines: list[str]):
     """Shards of parquet, with more text than tokens takes."""
-    rng, folder = random.Random(0), Path(folder)
+    rng = random.Random(0)
     folder.mkdir()
     for shard in range(tokens // (SHARD * 450) + 1):
         texts = ["".join(rng.choices(lines, k=DOCUMENT)) for _ in range(SHARD)]
-        columns = {name: ["x"] * SHARD for name in ("prompt", "audience", "format", "seed_data")}
-        table = pyarrow.table({"text": texts, "token_length": [0] * SHARD} | columns)
-        pyarrow.parquet.write_table(table, folder / f"{shard:05}.parquet", row_group_size=1000)
+        write_parquet(folder / f"{shard:05}.parquet", texts, row_group_size=1000)
 
 
 def prepare(cwd: Path, corpus: Path, tokenizer: Path, tokens: int) -> tuple[float, float, str]:

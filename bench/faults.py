@@ -9,7 +9,6 @@ a run that nothing happened to has come to. Prints the counts, and exits with 1 
 import builtins
 import io
 import itertools
-import json
 import os
 import random
 import resource
@@ -31,6 +30,8 @@ import train
 from bench.launch import Script
 from smollm import Config, InputError, SmolLM, load_checkpoint
 from tools import convert, prepare
+from tools.checkpoint import previous_of
+from tools.plot import read_curve
 
 STEPS, SAVES = 40, 5  # steps of a run, and from checkpoint to checkpoint
 
@@ -73,18 +74,14 @@ def options_of_run(folder: Path) -> list[str]:
 
 def losses(folder: Path) -> dict:
     """Losses by step, exact, of the metrics.jsonl of a run in folder."""
-    lines = map(json.loads, (folder / "out" / "metrics.jsonl").read_text().splitlines())
-    return {(entry["step"], name): entry[name].hex() for entry in lines for name in entry
+    curve = read_curve(folder / "out" / "metrics.jsonl")
+    return {(entry["step"], name): entry[name].hex() for entry in curve for name in entry
             if name in ("loss", "val_loss")}
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return any((folder / "out" / name).exists() for name in ("ckpt.pt", "ckpt-previous.pt"))
 
 
 def start(folder: Path, options: list[str], **how) -> Script:
     """The run in folder, from its checkpoint if it has one."""
-    return Script(folder, "train.py", *(["--init_from=resume"] if has_checkpoint(folder) else options), **how)
+    return Script(folder, "train.py", *(["--init_from=resume"] if newest_step(folder) else options), **how)
 
 
 def last_saved(out: str) -> int:
@@ -94,9 +91,10 @@ def last_saved(out: str) -> int:
 
 def newest_step(folder: Path) -> int:
     """The step of the checkpoint that a run would go on from; 0: there is none."""
-    for name in ("ckpt.pt", "ckpt-previous.pt"):
+    path = folder / "out" / "ckpt.pt"
+    for candidate in (path, previous_of(path)):
         try:
-            return load_checkpoint(folder / "out" / name)["step"]
+            return load_checkpoint(candidate)["step"]
         except InputError:
             pass
     return 0
