@@ -115,7 +115,8 @@ PRESETS = {
     "smollm2-360m": Config(49152, 960, 2560, 32, 15, 5, 8192, 1e5, 1e-5, 960**-0.5),
     "smollm2-1.7b": Config(49152, 2048, 8192, 24, 32, 32, 8192, 1.3e5, 1e-5, 2048**-0.5),
     "smollm3-3b": Config(128256, 2048, 11008, 36, 16, 4, 65536, 5e6, 1e-6, 2048**-0.5, 4, 128000, 128001),
-    "nano": Config(4096, 192, 512, 6, 6, 2, 1024, 1e4, 1e-5, 192**-0.5),  # for minutes on a laptop's CPU
+    "nano": Config(4096, 192, 512, 6, 6, 2, 1024, 1e4, 1e-5, 192**-0.5),  # for minutes on a laptop's CPU,
+    "micro": Config(8192, 384, 1024, 8, 6, 2, 1024, 1e4, 1e-5, 384**-0.5),  # and for an hour
 }
 
 # ---- The parts, bottom up. B: batch, T: tokens, C: hidden_size, H: heads, D: head_dim, V: vocab_size
@@ -304,11 +305,6 @@ class SmolLM(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """The optimizer's two groups: matrices decay, the norms' weights don't."""
-        matrices, norms = [[p for p in self.parameters() if p.dim() == dim] for dim in (2, 1)]
-        return [{"params": matrices, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
 
     def flops_per_token(self, T: int) -> int:
         """FLOPs of training, forward and backward, for each token of a sequence of T: 6 a weight of the

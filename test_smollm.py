@@ -42,6 +42,8 @@ from transformers import (
     LlamaForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 import sample
@@ -52,6 +54,7 @@ from bench import data as bench_data
 from bench.launch import Script
 from tools import convert, prepare
 from tools.checkpoint import save_checkpoint
+from tools.muon import Muon, orthogonalize
 from tools.plot import read_curve
 
 ROOT = Path(__file__).parent
@@ -315,13 +318,53 @@ def test_accumulated_gradients_equal_those_of_one_batch(ignored):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_only_matrices_decay():
-    model = make(TINY)
-    decayed, kept = model.parameter_groups(0.1)
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0)
-    assert all("norm" in name for name, p in model.named_parameters() if any(p is q for q in kept["params"]))
-    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
-    assert all(p.dim() == 2 for p in decayed["params"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_each_weight_has_one_optimizer_and_norms_do_not_decay(optimizer):
+    model, found = make(TINY), {}
+    names = {p: name for name, p in model.named_parameters()}
+    o = train.Options(optimizer=optimizer, weight_decay=0.1, dtype="float32")
+    for each in train.make_optimizers(model, o):
+        for group in each.param_groups:
+            for p in group["params"]:
+                assert names[p] not in found
+                found[names[p]] = (type(each).__name__, group["weight_decay"])
+    matrices = "Muon" if optimizer == "muon" else "AdamW"
+    assert found == {name: ("AdamW", 0.0) if "norm" in name else ("AdamW", 0.1) if "embed" in name else
+                     (matrices, 0.1) for name in names.values()}
+
+
+def test_muon_is_that_of_torch():
+    """Two matrices of one shape and others, tall and wide. torch's rounds before it divides by the norm."""
+    shapes = [(48, 80), (48, 80), (80, 48), (16, 48)]
+    ours, theirs = ([torch.nn.Parameter(ids_of(*shape, seed=i) / 100) for i, shape in enumerate(shapes)]
+                    for _ in range(2))
+    torch_muon = torch.optim.Muon(theirs, 1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in ours]
+    for optimizer, parameters in ((Muon(ours, 1e-2, 0.1, torch.bfloat16), ours), (torch_muon, theirs)):
+        for step in range(10):
+            for i, p in enumerate(parameters):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step * 10 + i))
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, before, strict=True):
+        assert (p - q).norm() < 0.03 * (q - start).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_orthogonalize_brings_singular_values_near_one(dtype, size):
+    """Of small gradients, too, which float16 by itself would lose; and of each of a stack by itself."""
+    u, _ = torch.linalg.qr(torch.randn(3, 64, 24, generator=torch.Generator().manual_seed(0)))
+    v, _ = torch.linalg.qr(torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(1)))
+    matrices = u * torch.linspace(0.1, 1, 24) * size @ v.mT
+    for given, made in ((matrices, orthogonalize(matrices, dtype)),
+                        (matrices.mT, orthogonalize(matrices.mT, dtype))):
+        assert made.shape == given.shape
+        values = torch.linalg.svdvals(made.float())
+        assert 0.6 < values.min() < values.max() < 1.25
+    u_vt = orthogonalize(matrices, dtype).float() @ v @ u.mT  # U S' U^T: no direction is turned
+    torch.testing.assert_close(u_vt, u_vt.mT, rtol=0, atol=0.02)
+    alone = torch.stack([orthogonalize(matrix, dtype) for matrix in matrices])
+    torch.testing.assert_close(alone.float(), orthogonalize(matrices, dtype).float(), rtol=0, atol=0.02)
 
 
 def test_flops_are_those_of_the_matmuls():
@@ -737,6 +780,82 @@ def test_options_of_the_step_are_heeded(trained, corpus, tmp_path):
     assert 1e-4 < max(abs(a - b) for a, b in zip(bfloat16, whole, strict=True)) < 0.1
 
 
+def half_overflowed(name: str):
+    """In the first gradients that this optimizer gets, one number has overflowed, in no other's."""
+    unscale = torch.amp.GradScaler.unscale_
+
+    def unscale_(scaler, optimizer):
+        if type(optimizer).__name__ == name and scaler.get_scale() == 2**16:
+            optimizer.param_groups[0]["params"][0].grad[0, 0] = math.inf
+        unscale(scaler, optimizer)
+
+    torch.amp.GradScaler.unscale_ = unscale_
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_a_step_that_overflows_in_float16_is_left_out_by_both_optimizers(name, tiny, corpus, tmp_path):
+    options = (*STEADY, "--dtype=float16", f"--dataset={corpus}", f"--init_from={tiny}", "--max_iters=1",
+               "--warmup_iters=0")
+    result = Script(tmp_path, "train.py", *options, before=functools.partial(half_overflowed, name)).wait()
+    assert result.returncode == 0, result.stderr
+    before, after = (torch.load(path, weights_only=True) for path in (tiny, tmp_path / "out" / "ckpt.pt"))
+    assert [key for key, p in before["model"].items() if not torch.equal(p, after["model"][key])] == []
+    assert after["scaler"]["scale"] == 2**15
+
+
+class Reference(Trainer):
+    """transformers' own training loop, which keeps the losses of its micro-batches."""
+    def training_step(self, *arguments, **more):
+        loss = super().training_step(*arguments, **more)
+        self.losses = [*getattr(self, "losses", []), loss.item()]
+        return loss
+
+
+def reference_losses(hf: Path, rows: np.ndarray, folder: Path) -> list[float]:
+    """Of 50 steps of two micro-batches of four rows (T + 1), whose last T are targets."""
+    options = TrainingArguments(
+        folder, max_steps=50, per_device_train_batch_size=4, gradient_accumulation_steps=2, use_cpu=True,
+        learning_rate=3e-3, lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.1,
+        adam_beta2=0.95, max_grad_norm=1.0, train_sampling_strategy="sequential", report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    texts = [{"input_ids": row, "labels": row} for row in torch.from_numpy(rows)]
+    trainer = Reference(AutoModelForCausalLM.from_pretrained(hf), options, train_dataset=texts)
+    trainer.train()
+    return [sum(trainer.losses[i:i + 2]) for i in range(0, 100, 2)]
+
+
+def norms_decay_too():
+    init = torch.optim.AdamW.__init__
+
+    def init_(self, groups, *arguments, **more):
+        init(self, [group | {"weight_decay": 0.1} for group in groups], *arguments, **more)
+
+    torch.optim.AdamW.__init__ = init_
+
+
+@pytest.mark.parametrize("broken", [None, norms_decay_too], ids=["as it is", "norms decay"])
+def test_training_gives_the_loss_curve_of_transformers(broken, tokenizer, corpus, tmp_path):
+    """50 steps of train.py and of transformers' Trainer, from the same weights, on the same batches."""
+    model = make(dataclasses.replace(TINY, vocab_size=1000))
+    model.save_pretrained(tmp_path / "hf", tokenizer)
+    options = ("--init_from=hf", f"--dataset={corpus}", "--optimizer=adamw", "--max_iters=50",
+               "--batch_size=4", "--gradient_accumulation_steps=2", "--block_size=32", "--eval_iters=1",
+               "--learning_rate=3e-3", "--schedule=constant", "--warmup_iters=0", "--weight_decay=0.1",
+               "--log_interval=1", "--device=cpu", "--dtype=float32")
+    result = Script(tmp_path, "train.py", *options, before=broken).wait()
+    assert result.returncode == 0, result.stderr
+    folder = next((tmp_path / "data").glob("*/meta.json")).parent
+    tokens = np.fromfile(folder / "train.bin", np.uint16).astype(np.int64)
+    blocks = (len(tokens) - 1) // 32
+    starts = [32 * train.block_at(0, place, blocks, prepare.WINDOW // 32) for place in range(50 * 8)]
+    rows = np.stack([tokens[start:start + 33] for start in starts])
+    expected, found = reference_losses(tmp_path / "hf", rows, tmp_path), losses_in(tmp_path)
+    assert expected[0] - expected[-1] > 1
+    assert len(found) == 50
+    apart = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    assert (apart < 1e-4) == (broken is None), apart
+
+
 def test_a_run_that_diverges_stops_and_keeps_the_checkpoint(trained, corpus, tmp_path):
     (tmp_path / "out").mkdir()
     checkpoint = (trained / "out" / "ckpt.pt").read_bytes()
@@ -905,8 +1024,8 @@ def outcome(folder: Path) -> dict:
     checkpoint = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
     curve = read_curve(folder / "out" / "metrics.jsonl")
     assert curve == checkpoint["curve"]
-    moments = {f"{name} of {i}": value for i, state in checkpoint["optimizer"]["state"].items()
-               for name, value in state.items()}
+    moments = {f"{name} of {k}, {i}": value for k, optimizer in enumerate(checkpoint["optimizers"])
+               for i, state in optimizer["state"].items() for name, value in state.items()}
     losses = {(entry["step"], name): entry[name].hex() for entry in curve for name in entry
               if name in ("loss", "val_loss", "lr", "norm")}
     return checkpoint["model"] | moments | losses | checkpoint["rng"] | {"step": checkpoint["step"],
@@ -923,7 +1042,9 @@ STEADY = ("--block_size=32", "--sample_prompt=", "--batch_size=4", "--log_interv
           "--eval_interval=10", "--device=cpu", "--schedule=constant", "--warmup_iters=3",
           "--learning_rate=2e-3", "--max_tokens=3000")  # less than what is read: several epochs
 VARIANTS = {
-    "plain": (1, "--dtype=float32"),
+    "plain": (1, "--dtype=float32"), "AdamW": (1, "--dtype=float32", "--optimizer=adamw"),
+    "AdamW in float16 on two ranks": (2, "--dtype=float16", "--optimizer=adamw",
+                                      "--gradient_accumulation_steps=2"),
     "accumulation": (1, "--dtype=float32", "--gradient_accumulation_steps=4"),
     "compiled": (1, "--dtype=float32", "--compile=True"),
     "two ranks": (2, "--dtype=float32", "--gradient_accumulation_steps=2"),
@@ -963,20 +1084,27 @@ def steady(tiny, corpus, tmp_path_factory) -> Path:
 
 
 def without_moments(checkpoint):
-    for state in checkpoint["optimizer"]["state"].values():
+    for state in checkpoint["optimizers"][0]["state"].values():
         state["exp_avg_sq"].zero_()
 
 
+def without_momentum(checkpoint):
+    for state in checkpoint["optimizers"][1]["state"].values():
+        state["momentum"].zero_()
+
+
 def without_steps(checkpoint):
-    for state in checkpoint["optimizer"]["state"].values():
+    for state in checkpoint["optimizers"][0]["state"].values():
         state["step"].zero_()
 
 
 @pytest.mark.parametrize("damage", [
-    without_moments, without_steps, lambda checkpoint: checkpoint["rng"]["cpu"][100:200].zero_(),
+    without_moments, without_momentum, without_steps,
+    lambda checkpoint: checkpoint["rng"]["cpu"][100:200].zero_(),
     lambda checkpoint: checkpoint["scaler"].update(scale=2.0), lambda checkpoint: checkpoint["curve"].pop(0),
     lambda checkpoint: checkpoint.update(step=9), lambda checkpoint: None],
-    ids=["moments", "AdamW's step", "RNG", "scaler", "curve", "position", "nothing"])
+    ids=["AdamW's moments", "Muon's momentum", "AdamW's step", "RNG", "scaler", "curve", "position",
+         "nothing"])
 def test_no_item_of_state_can_be_left_out(damage, request, steady, tmp_path):
     """The run that goes on ends like the straight one only if its checkpoint had all."""
     shutil.copytree(steady, tmp_path, dirs_exist_ok=True)
@@ -1255,7 +1383,7 @@ def mess(trained, tmp_path_factory) -> Path:
     (folder / "empty_folder").mkdir()
     (folder / "weights").mkdir()
     weights = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
-    del weights["optimizer"]
+    del weights["optimizers"]
     torch.save(weights, folder / "weights" / "ckpt.pt")
     (folder / "empty.txt").write_text("")
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 100)

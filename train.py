@@ -30,6 +30,7 @@ from tqdm import tqdm
 from smollm import (PRESETS, InputError, SmolLM, check_tokenizer, load_checkpoint, load_tokenizer, local_path,
                     one_line_errors, pick_device)
 from tools.checkpoint import lock_folder, previous_of, save_checkpoint, use_newest_whole
+from tools.muon import Muon
 from tools.plot import plot
 from tools.prepare import WINDOW, end_of_text, prepare_data
 
@@ -52,7 +53,8 @@ class Options:
     block_size: int = 512  # tokens in a sequence
     batch_size: int = 8  # sequences in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in a step, those of all processes together
-    # AdamW
+    # optimizer
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: of the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
     learning_rate: float = 5e-4  # the peak
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # after warm-up; wsd: stable, then 1 - sqrt
@@ -139,6 +141,17 @@ def get_batch(tokens, blocks, block_size: int, vocab_size: int, device: torch.de
     return rows[:, :-1], rows[:, 1:]
 
 # ---- The pieces of the loop
+
+
+def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
+    """Who gets what; the learning rates are set at each step."""
+    embedding = model.model.embed_tokens.weight  # and output head
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    muon, adamw = (matrices, [embedding]) if o.optimizer == "muon" else ([], [embedding, *matrices])
+    groups = [{"params": adamw, "weight_decay": o.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, 0.0, (o.beta1, o.beta2), fused=True)]
+    return [*optimizers, Muon(muon, 0.0, o.weight_decay, getattr(torch, o.dtype))] if muon else optimizers
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -234,7 +247,7 @@ if __name__ == "__main__":
     # A run that resumes keeps its options, but for those that don't change what is trained.
     if o.init_from == "resume":
         checkpoint = load_checkpoint(ckpt_path, check=False)  # rank 0 has checked it
-        state = {"optimizer", "scaler", "rng", "data", "curve", "options", "step"}
+        state = {"optimizers", "scaler", "rng", "data", "curve", "options", "step"}
         if not state <= set(checkpoint) or set(checkpoint["options"]) != set(vars(o)):
             raise InputError(f"{ckpt_path} has weights, but not all the state of a run of this train.py: use "
                              f"another --out_dir and --init_from={ckpt_path}")
@@ -306,10 +319,10 @@ if __name__ == "__main__":
                    for i in range(0, len(val_blocks), o.batch_size)]
     print(f"data: {folder}, {num_blocks * o.block_size:,} tokens to train on, {len(val_tokens):,} held out")
 
-    # Optimizer
+    # Optimizers
     if o.init_from == "scratch":
         config.bos_token_id = config.eos_token_id = end_of_text(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameter_groups(o.weight_decay), 0.0, (o.beta1, o.beta2), fused=True)
+    optimizers = make_optimizers(model, o)
     compiles = o.compile or (o.compile is None and device.type == "cuda")
     torch.use_deterministic_algorithms(compiles and device.type == "cpu")  # it would add up in any order
     forward = torch.compile(model, dynamic=False) if compiles else model  # a shape's graph knows no other's
@@ -321,7 +334,8 @@ if __name__ == "__main__":
     # State: with the weights, all that a run needs to go on as if it had not stopped
     first_step, curve = 0, []  # the curve is what metrics.jsonl has
     if o.init_from == "resume":
-        optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # lest it stays mapped to the file
+        for optimizer, saved in zip(optimizers, copy.deepcopy(checkpoint["optimizers"]), strict=True):
+            optimizer.load_state_dict(saved)  # a copy, lest it stays mapped to the file
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         for where, rng in checkpoint["rng"].items():
@@ -376,8 +390,8 @@ if __name__ == "__main__":
                 save_checkpoint(ckpt_path, {
                     "model": model.state_dict(), "config": asdict(config), "tokenizer": tokenizer.to_str(),
                     "options": asdict(o), "step": step, "data": read, "curve": curve,
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "rng": {"cpu": torch.get_rng_state()} | (
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state()} | (
                         {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}, keep)
                 keep = True
                 say(f"step {step} | saved {ckpt_path}")
@@ -387,23 +401,27 @@ if __name__ == "__main__":
             break
 
         # --- a single training step
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, o)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, o)
         share = step_size // world_size  # sequences of this rank: first, first + 1, ...
         first = rank * share + (0 if o.overfit else step * step_size)
         blocks = [block_at(o.seed, place, num_blocks, window_size) for place in range(first, first + share)]
         batches = [get_batch(train_tokens, blocks[i:i + o.batch_size], o.block_size, config.vocab_size,
                              device) for i in range(0, share, o.batch_size)]
         loss = accumulate(ddp, batches, autocast, scaler)
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
-        # In float16 a gradient may overflow: the scaler then leaves the step out and halves its scale.
+        # In float16 a gradient may overflow: the step is then left out, and the scaler halves its scale.
         if not loss.isfinite() or (not norm.isfinite() and scaler.get_scale() <= 1):  # waits for the device
             raise InputError(f"step {step + 1} has a loss of {loss} and a gradient of norm {norm}: lower the "
                              "learning_rate; the last checkpoint is as it was")
-        scaler.step(optimizer)
+        if norm.isfinite():
+            for optimizer in optimizers:
+                scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         stop = int(over_ranks(torch.tensor(max(stopped_by, default=0), device=device), dist.ReduceOp.MAX))
         # ---
         bar.update()

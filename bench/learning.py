@@ -1,0 +1,209 @@
+"""What a token teaches: the same models on the same batches, trained with AdamW and with Muon.
+
+    python bench/learning.py                   # all sizes, hours
+    python bench/learning.py --sizes nano      # one of them
+
+Each run is train.py's own. With the first seed, both optimizers try three learning rates, and more where the
+best is at an end of them; with the best they train from the other seeds, and Muon once more in half as many
+steps. At last they run in turn, each alone on the machine, for the time of a step. Writes bench/LEARNING.md
+and assets/learning.png. What is in --runs is not run again, so the command can be stopped, and goes on.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.plot import read_curve
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = {"adamw": "AdamW", "muon": "Muon"}  # of the optimizers
+
+
+@dataclass
+class Size:
+    """How a model is trained, and the learning rates to begin with."""
+    max_iters: int
+    rates: dict[str, tuple[float, ...]]  # of each optimizer; where there are less than three, that is all
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch_size: int = 16
+    block_size: int = 128
+
+
+SIZES = {
+    "nano": Size(600, {"adamw": (3e-3, 6e-3, 1.2e-2), "muon": (1.5e-3, 3e-3, 6e-3)}),
+    "micro": Size(160, {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (1.5e-3, 3e-3, 6e-3)}),
+    "smollm2-135m": Size(200, {"adamw": (1e-3, 2e-3), "muon": (1e-3, 2e-3)}, seeds=(0,), batch_size=8),
+}
+
+
+@dataclass
+class Options:
+    sizes: list[str] = field(default_factory=lambda: list(SIZES))  # some of nano, micro, smollm2-135m
+    runs: Path = Path("runs/learning")  # folder of the runs
+    jobs: int = 2  # runs at a time, which share the cores
+    pairs: int = 5  # times that both are timed
+
+
+@dataclass
+class Result:
+    """What came of one optimizer at one size. A curve is (2, evaluations): tokens, validation loss."""
+    tried: dict[float, float]  # learning rate: final loss with the first seed
+    rate: float  # the best
+    curves: np.ndarray  # (seeds, 2, evaluations), with that rate
+    halves: np.ndarray | None  # the same, in half as many steps
+    seconds: list[float] = field(default_factory=list)  # of a step
+
+    @property
+    def final(self) -> np.ndarray:
+        return self.curves[:, 1, -1]
+
+# ---- Runs
+
+
+def train(o: Options, model: str, optimizer: str, rate: float, seed: int, steps: int, name: str,
+          *options: str, threads: int) -> list[dict]:
+    """The curve of a run of train.py."""
+    size, folder = SIZES[model], o.runs.resolve() / model / name
+    if not (folder / "done").exists():
+        command = [sys.executable, ROOT / "train.py", f"--model={model}", f"--optimizer={optimizer}",
+                   f"--learning_rate={rate}", f"--seed={seed}", f"--max_iters={steps}", "--compile=True",
+                   f"--batch_size={size.batch_size}", f"--block_size={size.block_size}",
+                   f"--eval_interval={size.max_iters // 20}", f"--out_dir={folder}", "--overwrite=True"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, env=environment)
+        for path in folder.glob("ckpt*.pt"):
+            path.unlink()
+        (folder / "done").touch()
+    return read_curve(folder / "metrics.jsonl")
+
+
+def losses_of(o: Options, model: str, optimizer: str, rate: float, seed: int, share: float = 1) -> np.ndarray:
+    """The curve of a run of that share of the steps."""
+    steps = int(SIZES[model].max_iters * share)
+    name = f"{optimizer}-{rate:g}-{steps}-seed{seed}"
+    entries = train(o, model, optimizer, rate, seed, steps, name, threads=max(1, os.cpu_count() // o.jobs))
+    curve = np.array([(entry["tokens"], entry["val_loss"]) for entry in entries if "val_loss" in entry]).T
+    print(f"{model}, {name}: {curve[1, -1]:.4f}", flush=True)
+    return curve
+
+
+def learn(o: Options, model: str, optimizer: str) -> Result:
+    size, tried = SIZES[model], {}
+    rates = list(size.rates[optimizer])
+    while len(tried) < len(rates):
+        for rate in rates[len(tried):]:
+            tried[rate] = losses_of(o, model, optimizer, rate, size.seeds[0])[1, -1]
+        best = min(tried, key=tried.get)
+        if len(rates) >= 3 and best in (min(rates), max(rates)):
+            rates.append(best / 2 if best == min(rates) else best * 2)
+    curves = [losses_of(o, model, optimizer, best, seed) for seed in size.seeds]
+    halves = [losses_of(o, model, optimizer, best, seed, 0.5) for seed in size.seeds] if (
+        model == "nano" and optimizer == "muon") else None
+    return Result(tried, best, np.array(curves), halves and np.array(halves))
+
+
+def measure_steps(o: Options, model: str, results: dict[str, Result]):
+    """Seconds of a step, in turn, with all threads. The first log lines, when it compiles, don't count."""
+    tokens = SIZES[model].batch_size * SIZES[model].block_size
+    for pair in range(o.pairs):
+        for optimizer, result in results.items():
+            entries = train(o, model, optimizer, result.rate, 0, 20, f"{optimizer}-timed-{pair}",
+                            "--eval_iters=1", "--log_interval=2", threads=os.cpu_count())
+            speeds = [entry["tok_per_s"] for entry in entries if "tok_per_s" in entry]
+            result.seconds.append(tokens / median(speeds[2:]))
+
+# ---- What they say
+
+HEADER = ["model", "optimizer", "best rate", "validation loss", "tokens", "time of a step", "time",
+          "rate: loss, with the first seed"]
+
+
+def tokens_to(curve: np.ndarray, loss: float) -> float:
+    """When a curve first comes to that loss, on a straight line between evaluations; nan if it does not."""
+    tokens, losses = curve
+    if losses.min() > loss:
+        return float("nan")
+    i = int(np.argmax(losses <= loss))
+    return float(np.interp(-loss, -losses[i - 1:i + 1], tokens[i - 1:i + 1]))
+
+
+def spread(values) -> str:
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def rows(model: str, results: dict[str, Result]) -> list[list[str]]:
+    """The table's lines for one size."""
+    adamw, lines = results["adamw"], []
+    for optimizer, result in results.items():
+        begin = [f"`{model}`", NAMES[optimizer], f"{result.rate:g}", spread(result.final)]
+        shares = [tokens_to(curve, end) / curve[0, -1]
+                  for curve, end in zip(result.curves, adamw.final, strict=True)]
+        slower = [a / b for a, b in zip(result.seconds, adamw.seconds, strict=True)]
+        step = f"{median(slower):.2f} ({min(slower):.2f} to {max(slower):.2f})"
+        lines.append([*begin, spread(shares), step, f"{np.mean(shares) * median(slower):.2f}",
+                      ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(result.tried.items()))])
+        if result.halves is not None:
+            end = spread(result.halves[:, 1, -1])
+            lines.append([begin[0], f"{begin[1]}, half the steps", begin[2], end, "", "", "", ""])
+    return lines
+
+
+def report(everything: dict[str, dict[str, Result]]) -> str:
+    sizes = ", ".join(f"{SIZES[name].max_iters} steps of {SIZES[name].batch_size} x {SIZES[name].block_size} "
+                      f"tokens for `{name}`" for name in everything)
+    table = [HEADER, ["---"] * len(HEADER), *(line for name, results in everything.items()
+                                              for line in rows(name, results))]
+    return "\n".join([
+        "# AdamW and Muon on the same batches", "",
+        f"Written by `python bench/learning.py --sizes {' '.join(everything)}` on {os.cpu_count()} cores "
+        f"({platform.machine()}), torch {torch.__version__}: {sizes}. Tokens and time are those to the loss "
+        "that AdamW ends with, as shares of AdamW's with the same seed; ± is the standard deviation over seeds.",
+        "",
+        *(f"| {' | '.join(line)} |" for line in table), ""])
+
+
+def draw(everything: dict[str, dict[str, Result]], picture: Path):
+    """Validation loss over tokens, a panel for each size; bands are from the lowest to the highest seed."""
+    figure = Figure(figsize=(4.5 * len(everything), 4), layout="constrained")
+    panels = figure.subplots(1, len(everything), squeeze=False)[0]
+    for axes, (model, results) in zip(panels, everything.items(), strict=True):
+        for number, (optimizer, result) in enumerate(results.items()):
+            for curves, style, of in ((result.curves, "-", ""), (result.halves, "--", ", half the steps")):
+                if curves is None:
+                    continue
+                tokens, losses, color = curves[0, 0], curves[:, 1], f"C{number}"
+                axes.plot(tokens, losses.mean(0), style, color=color, label=NAMES[optimizer] + of)
+                axes.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+        end = results["adamw"].final.mean()
+        axes.axhline(end, color="gray", linewidth=0.8, linestyle=":")
+        axes.set(title=model, xlabel="tokens read", ylim=(None, end + 1.5))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.supylabel("validation loss (nats per token)")
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    o = tyro.cli(Options, description=__doc__, use_underscores=True)
+    tasks = [(model, optimizer) for model in o.sizes for optimizer in NAMES]
+    with ThreadPoolExecutor(o.jobs) as pool:
+        found = dict(zip(tasks, pool.map(lambda task: learn(o, *task), tasks), strict=True))
+    everything = {model: {name: found[model, name] for name in NAMES} for model in o.sizes}
+    for model, results in everything.items():
+        measure_steps(o, model, results)
+    draw(everything, ROOT / "assets" / "learning.png")
+    (ROOT / "bench" / "LEARNING.md").write_text(text := report(everything))
+    print(text)
