@@ -169,7 +169,7 @@ def report(everything: dict[str, dict[str, Result]]) -> str:
         "# AdamW and Muon on the same batches", "",
         f"Written by `python bench/learning.py --sizes {' '.join(everything)}` on {os.cpu_count()} cores "
         f"({platform.machine()}), torch {torch.__version__}: {sizes}. Tokens and time are those to the loss "
-        "that AdamW ends with, as shares of AdamW's with the same seed; ± is the standard deviation over seeds.",
+        "that AdamW ends with, as shares of AdamW's with the same seed; ± is the standard deviation of seeds.",
         "",
         *(f"| {' | '.join(line)} |" for line in table), ""])
 
