@@ -61,7 +61,7 @@ class Options:
     warmup_iters: int | None = None  # steps of linear warm-up; None: 2% of max_iters
     decay_iters: int | None = None  # last steps, in which wsd decays; None: 20% of max_iters
     weight_decay: float = 0.01  # of matrices; norms don't decay
-    beta1: float = 0.9
+    beta1: float = 0.9  # AdamW's
     beta2: float = 0.95
     grad_clip: float = 1.0  # largest norm of the gradient; 0: don't clip
     # what is shown
@@ -334,8 +334,8 @@ if __name__ == "__main__":
     # State: with the weights, all that a run needs to go on as if it had not stopped
     first_step, curve = 0, []  # the curve is what metrics.jsonl has
     if o.init_from == "resume":
-        for optimizer, saved in zip(optimizers, copy.deepcopy(checkpoint["optimizers"]), strict=True):
-            optimizer.load_state_dict(saved)  # a copy, lest it stays mapped to the file
+        for i, optimizer in enumerate(optimizers):  # a copy, lest it stays mapped to the file
+            optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizers"][i]))
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         for where, rng in checkpoint["rng"].items():

@@ -3,12 +3,14 @@
     python bench/learning.py                   # all sizes, hours
     python bench/learning.py --sizes nano      # one of them
 
-Each run is train.py's own. With the first seed, both optimizers try three learning rates, and more where the
-best is at an end of them; with the best they train from the other seeds, and Muon once more in half as many
-steps. At last they run in turn, each alone on the machine, for the time of a step. Writes bench/LEARNING.md
-and assets/learning.png. What is in --runs is not run again, so the command can be stopped, and goes on.
+Each run is train.py's own, in bfloat16. With the first seed, both optimizers try three learning rates, and
+more where the best is at an end of them; with the best they train from the other seeds, and nano with Muon
+once more, in half as many steps. (The 135M model has fewer rates and one seed.) At last both run in turn,
+each alone on the machine, for the time of a step. Writes bench/LEARNING.md and assets/learning.png. What is
+in --runs is not run again, so the command can be stopped, and goes on.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,18 +42,19 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 16
     block_size: int = 128
+    evaluations: int = 10
 
 
 SIZES = {
-    "nano": Size(600, {"adamw": (3e-3, 6e-3, 1.2e-2), "muon": (1.5e-3, 3e-3, 6e-3)}),
+    "nano": Size(600, {"adamw": (3e-3, 6e-3, 1.2e-2), "muon": (1.5e-3, 3e-3, 6e-3)}, evaluations=20),
     "micro": Size(160, {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (1.5e-3, 3e-3, 6e-3)}),
-    "smollm2-135m": Size(200, {"adamw": (1e-3, 2e-3), "muon": (1e-3, 2e-3)}, seeds=(0,), batch_size=8),
+    "smollm2-135m": Size(200, {"adamw": (1e-3,), "muon": (1e-3,)}, seeds=(0,), batch_size=8),
 }
 
 
 @dataclass
 class Options:
-    sizes: list[str] = field(default_factory=lambda: list(SIZES))  # some of nano, micro, smollm2-135m
+    sizes: list[Literal["nano", "micro", "smollm2-135m"]] = field(default_factory=lambda: list(SIZES))
     runs: Path = Path("runs/learning")  # folder of the runs
     jobs: int = 2  # runs at a time, which share the cores
     pairs: int = 5  # times that both are timed
@@ -74,18 +78,25 @@ class Result:
 
 def train(o: Options, model: str, optimizer: str, rate: float, seed: int, steps: int, name: str,
           *options: str, threads: int) -> list[dict]:
-    """The curve of a run of train.py."""
+    """The curve of a run of train.py. One that diverges has a loss of infinity at its end."""
     size, folder = SIZES[model], o.runs.resolve() / model / name
-    if not (folder / "done").exists():
-        command = [sys.executable, ROOT / "train.py", f"--model={model}", f"--optimizer={optimizer}",
-                   f"--learning_rate={rate}", f"--seed={seed}", f"--max_iters={steps}", "--compile=True",
-                   f"--batch_size={size.batch_size}", f"--block_size={size.block_size}",
-                   f"--eval_interval={size.max_iters // 20}", f"--out_dir={folder}", "--overwrite=True"]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, env=environment)
+    options = [f"--model={model}", f"--optimizer={optimizer}", f"--learning_rate={rate}", f"--seed={seed}",
+               f"--max_iters={steps}", f"--batch_size={size.batch_size}", f"--block_size={size.block_size}",
+               f"--eval_interval={size.max_iters // size.evaluations}", "--dtype=bfloat16", "--compile=True",
+               *options]
+    done = folder / "done"  # its contents say what was run
+    if not done.exists() or done.read_text() != " ".join(options):
+        result = subprocess.run([sys.executable, ROOT / "train.py", *options, f"--out_dir={folder}",
+                                 "--overwrite=True"], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if result.returncode and "lower the learning_rate" not in result.stderr:
+            sys.exit(result.stderr)
         for path in folder.glob("ckpt*.pt"):
             path.unlink()
-        (folder / "done").touch()
+        if result.returncode:
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"tokens": 0, "val_loss": float("inf")}) + "\n")
+        done.write_text(" ".join(options))
     return read_curve(folder / "metrics.jsonl")
 
 
@@ -169,7 +180,7 @@ def report(everything: dict[str, dict[str, Result]]) -> str:
         "# AdamW and Muon on the same batches", "",
         f"Written by `python bench/learning.py --sizes {' '.join(everything)}` on {os.cpu_count()} cores "
         f"({platform.machine()}), torch {torch.__version__}: {sizes}. Tokens and time are those to the loss "
-        "that AdamW ends with, as shares of AdamW's with the same seed; ± is the standard deviation of seeds.",
+        "that AdamW ends with, as shares of its own, seed by seed; ± is the standard deviation over seeds.",
         "",
         *(f"| {' | '.join(line)} |" for line in table), ""])
 
@@ -204,6 +215,7 @@ if __name__ == "__main__":
     everything = {model: {name: found[model, name] for name in NAMES} for model in o.sizes}
     for model, results in everything.items():
         measure_steps(o, model, results)
+    print(text := report(everything))
+    (ROOT / "bench" / "LEARNING.md").write_text(text)
+    (ROOT / "assets").mkdir(exist_ok=True)
     draw(everything, ROOT / "assets" / "learning.png")
-    (ROOT / "bench" / "LEARNING.md").write_text(text := report(everything))
-    print(text)
