@@ -57,6 +57,7 @@ class Options:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: of the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
     learning_rate: float = 5e-4  # the peak
+    embedding_lr_scale: float = 6.0  # times that for the embedding, which is the head, too; the recipe: 1
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # after warm-up; wsd: stable, then 1 - sqrt
     warmup_iters: int | None = None  # steps of linear warm-up; None: 2% of max_iters
     decay_iters: int | None = None  # last steps, in which wsd decays; None: 20% of max_iters
@@ -148,10 +149,13 @@ def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
     embedding = model.model.embed_tokens.weight  # and output head
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
-    muon, adamw = (matrices, [embedding]) if o.optimizer == "muon" else ([], [embedding, *matrices])
-    groups = [{"params": adamw, "weight_decay": o.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, 0.0, (o.beta1, o.beta2), fused=True)]
-    return [*optimizers, Muon(muon, 0.0, o.weight_decay, getattr(torch, o.dtype))] if muon else optimizers
+    groups = [{"params": [embedding], "weight_decay": o.weight_decay, "lr_scale": o.embedding_lr_scale},
+              {"params": norms, "weight_decay": 0.0}]
+    if o.optimizer == "adamw":
+        groups.append({"params": matrices, "weight_decay": o.weight_decay})
+    adamw = torch.optim.AdamW(groups, 0.0, (o.beta1, o.beta2), fused=True)
+    muon = [Muon(matrices, 0.0, o.weight_decay, getattr(torch, o.dtype))] if o.optimizer == "muon" else []
+    return [adamw, *muon]
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -403,7 +407,7 @@ if __name__ == "__main__":
         # --- a single training step
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, o)
+                group["lr"] = lr_at(step, o) * group.get("lr_scale", 1)
         share = step_size // world_size  # sequences of this rank: first, first + 1, ...
         first = rank * share + (0 if o.overfit else step * step_size)
         blocks = [block_at(o.seed, place, num_blocks, window_size) for place in range(first, first + share)]

@@ -1,13 +1,15 @@
-"""What a token teaches: the same models on the same batches, trained with AdamW and with Muon.
+"""What a token teaches: the same models on the same batches, trained in four ways.
 
     python bench/learning.py                   # all sizes, hours
     python bench/learning.py --sizes nano      # one of them
 
-Each run is train.py's own, in bfloat16. With the first seed, both optimizers try three learning rates, and
-more where the best is at an end of them; with the best they train from the other seeds, and nano with Muon
-once more, in half as many steps. (The 135M model has fewer rates and one seed.) At last both run in turn,
-each alone on the machine, for the time of a step. Writes bench/LEARNING.md and assets/learning.png. What is
-in --runs is not run again, so the command can be stopped, and goes on.
+The blocks' matrices get AdamW or Muon, and the embedding the learning rate of all the others, as in the
+published recipe, or a higher one. Each run is train.py's own, in bfloat16. With the first seed, each way
+tries three learning rates, and more where the best is at an end of them; with the best it trains from the
+other seeds. (The 135M model has one rate and one seed.) Nano trains in the last way once more, in two thirds
+of the steps. At last all run in turn, each alone on the machine, for the time of a step. Writes
+bench/LEARNING.md and assets/learning.png. What is in --runs is not run again, so the command can be stopped,
+and goes on.
 """
 
 import json
@@ -31,14 +33,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.plot import read_curve
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {"adamw": "AdamW", "muon": "Muon"}  # of the optimizers
+
+
+@dataclass
+class Way:
+    optimizer: str
+    embedding_lr_scale: float
+    warmup: float  # share of the steps; for nano, the other optimizer's is worse (try --warmup)
+
+
+WAYS = {"AdamW": Way("adamw", 1, 0.1), "AdamW, embedding x 6": Way("adamw", 6, 0.1),
+        "Muon": Way("muon", 1, 0.02), "Muon, embedding x 6": Way("muon", 6, 0.02)}
+RECIPE, DEFAULT = "AdamW", "Muon, embedding x 6"  # published, and train.py's
 
 
 @dataclass
 class Size:
-    """How a model is trained, and the learning rates to begin with."""
+    """How a model is trained."""
     max_iters: int
-    rates: dict[str, tuple[float, ...]]  # of each optimizer; where there are less than three, that is all
+    rates: tuple[float, ...]  # the learning rates to begin with; where there are less than three, that is all
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 16
     block_size: int = 128
@@ -46,27 +59,28 @@ class Size:
 
 
 SIZES = {
-    "nano": Size(600, {"adamw": (3e-3, 6e-3, 1.2e-2), "muon": (1.5e-3, 3e-3, 6e-3)}, evaluations=20),
-    "micro": Size(160, {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (1.5e-3, 3e-3, 6e-3)}),
-    "smollm2-135m": Size(200, {"adamw": (1e-3,), "muon": (1e-3,)}, seeds=(0,), batch_size=8),
+    "nano": Size(600, (1.5e-3, 3e-3, 6e-3), evaluations=20),
+    "micro": Size(160, (1.5e-3, 3e-3, 6e-3)),
+    "smollm2-135m": Size(200, (1e-3,), seeds=(0,), batch_size=8),
 }
 
 
 @dataclass
 class Options:
     sizes: list[Literal["nano", "micro", "smollm2-135m"]] = field(default_factory=lambda: list(SIZES))
+    warmup: float | None = None  # share of the steps, for all; None: for each what is best for it
     runs: Path = Path("runs/learning")  # folder of the runs
     jobs: int = 2  # runs at a time, which share the cores
-    pairs: int = 5  # times that both are timed
+    pairs: int = 3  # times that all are timed
 
 
 @dataclass
 class Result:
-    """What came of one optimizer at one size. A curve is (2, evaluations): tokens, validation loss."""
+    """What came of one way at one size. A curve is (2, evaluations): tokens, validation loss."""
     tried: dict[float, float]  # learning rate: final loss with the first seed
     rate: float  # the best
     curves: np.ndarray  # (seeds, 2, evaluations), with that rate
-    halves: np.ndarray | None  # the same, in half as many steps
+    shorter: np.ndarray | None  # the same, in two thirds of the steps
     seconds: list[float] = field(default_factory=list)  # of a step
 
     @property
@@ -76,14 +90,16 @@ class Result:
 # ---- Runs
 
 
-def train(o: Options, model: str, optimizer: str, rate: float, seed: int, steps: int, name: str,
-          *options: str, threads: int) -> list[dict]:
+def train(o: Options, model: str, name: str, rate: float, seed: int, steps: int, folder: str, *options: str,
+          threads: int) -> list[dict]:
     """The curve of a run of train.py. One that diverges has a loss of infinity at its end."""
-    size, folder = SIZES[model], o.runs.resolve() / model / name
-    options = [f"--model={model}", f"--optimizer={optimizer}", f"--learning_rate={rate}", f"--seed={seed}",
-               f"--max_iters={steps}", f"--batch_size={size.batch_size}", f"--block_size={size.block_size}",
-               f"--eval_interval={size.max_iters // size.evaluations}", "--dtype=bfloat16", "--compile=True",
-               *options]
+    size, way, folder = SIZES[model], WAYS[name], o.runs.resolve() / model / folder
+    warmup = round(steps * (way.warmup if o.warmup is None else o.warmup))
+    options = [f"--model={model}", f"--optimizer={way.optimizer}", f"--learning_rate={rate:g}",
+               f"--embedding_lr_scale={way.embedding_lr_scale:g}", f"--seed={seed}", f"--max_iters={steps}",
+               f"--warmup_iters={warmup}", f"--batch_size={size.batch_size}",
+               f"--block_size={size.block_size}", f"--eval_interval={size.max_iters // size.evaluations}",
+               "--dtype=bfloat16", "--compile=True", *options]
     done = folder / "done"  # its contents say what was run
     if not done.exists() or done.read_text() != " ".join(options):
         result = subprocess.run([sys.executable, ROOT / "train.py", *options, f"--out_dir={folder}",
@@ -100,44 +116,47 @@ def train(o: Options, model: str, optimizer: str, rate: float, seed: int, steps:
     return read_curve(folder / "metrics.jsonl")
 
 
-def losses_of(o: Options, model: str, optimizer: str, rate: float, seed: int, share: float = 1) -> np.ndarray:
+def losses_of(o: Options, model: str, name: str, rate: float, seed: int, share: float = 1) -> np.ndarray:
     """The curve of a run of that share of the steps."""
-    steps = int(SIZES[model].max_iters * share)
-    name = f"{optimizer}-{rate:g}-{steps}-seed{seed}"
-    entries = train(o, model, optimizer, rate, seed, steps, name, threads=max(1, os.cpu_count() // o.jobs))
+    steps, way = round(SIZES[model].max_iters * share), WAYS[name]
+    folder = f"{way.optimizer}-{rate:g}-embedding{way.embedding_lr_scale:g}-{steps}-seed{seed}"
+    if o.warmup is not None:
+        folder += f"-warmup{o.warmup:g}"
+    entries = train(o, model, name, rate, seed, steps, folder, threads=max(1, os.cpu_count() // o.jobs))
     curve = np.array([(entry["tokens"], entry["val_loss"]) for entry in entries if "val_loss" in entry]).T
-    print(f"{model}, {name}: {curve[1, -1]:.4f}", flush=True)
+    print(f"{model}, {folder}: {curve[1, -1]:.4f}", flush=True)
     return curve
 
 
-def learn(o: Options, model: str, optimizer: str) -> Result:
+def learn(o: Options, model: str, name: str) -> Result:
     size, tried = SIZES[model], {}
-    rates = list(size.rates[optimizer])
+    rates = list(size.rates)
     while len(tried) < len(rates):
         for rate in rates[len(tried):]:
-            tried[rate] = losses_of(o, model, optimizer, rate, size.seeds[0])[1, -1]
+            tried[rate] = losses_of(o, model, name, rate, size.seeds[0])[1, -1]
         best = min(tried, key=tried.get)
         if len(rates) >= 3 and best in (min(rates), max(rates)):
             rates.append(best / 2 if best == min(rates) else best * 2)
-    curves = [losses_of(o, model, optimizer, best, seed) for seed in size.seeds]
-    halves = [losses_of(o, model, optimizer, best, seed, 0.5) for seed in size.seeds] if (
-        model == "nano" and optimizer == "muon") else None
-    return Result(tried, best, np.array(curves), halves and np.array(halves))
+    curves = [losses_of(o, model, name, best, seed) for seed in size.seeds]
+    shorter = [losses_of(o, model, name, best, seed, 2 / 3) for seed in size.seeds] if (
+        model == "nano" and name == DEFAULT) else None
+    return Result(tried, best, np.array(curves), shorter and np.array(shorter))
 
 
 def measure_steps(o: Options, model: str, results: dict[str, Result]):
     """Seconds of a step, in turn, with all threads. The first log lines, when it compiles, don't count."""
     tokens = SIZES[model].batch_size * SIZES[model].block_size
-    for pair in range(o.pairs):
-        for optimizer, result in results.items():
-            entries = train(o, model, optimizer, result.rate, 0, 20, f"{optimizer}-timed-{pair}",
-                            "--eval_iters=1", "--log_interval=2", threads=os.cpu_count())
+    for turn in range(o.pairs):
+        for name, result in results.items():
+            folder = f"{WAYS[name].optimizer}-embedding{WAYS[name].embedding_lr_scale:g}-timed{turn}"
+            entries = train(o, model, name, result.rate, 0, 12, folder, "--eval_iters=1", "--log_interval=2",
+                            threads=os.cpu_count())
             speeds = [entry["tok_per_s"] for entry in entries if "tok_per_s" in entry]
             result.seconds.append(tokens / median(speeds[2:]))
 
 # ---- What they say
 
-HEADER = ["model", "optimizer", "best rate", "validation loss", "tokens", "time of a step", "time",
+HEADER = ["model", "way", "best rate", "validation loss", "tokens", "time of a step", "time",
           "rate: loss, with the first seed"]
 
 
@@ -156,32 +175,32 @@ def spread(values) -> str:
 
 def rows(model: str, results: dict[str, Result]) -> list[list[str]]:
     """The table's lines for one size."""
-    adamw, lines = results["adamw"], []
-    for optimizer, result in results.items():
-        begin = [f"`{model}`", NAMES[optimizer], f"{result.rate:g}", spread(result.final)]
+    recipe, lines = results[RECIPE], []
+    for name, result in results.items():
         shares = [tokens_to(curve, end) / curve[0, -1]
-                  for curve, end in zip(result.curves, adamw.final, strict=True)]
-        slower = [a / b for a, b in zip(result.seconds, adamw.seconds, strict=True)]
+                  for curve, end in zip(result.curves, recipe.final, strict=True)]
+        slower = [a / b for a, b in zip(result.seconds, recipe.seconds, strict=True)]
         step = f"{median(slower):.2f} ({min(slower):.2f} to {max(slower):.2f})"
-        lines.append([*begin, spread(shares), step, f"{np.mean(shares) * median(slower):.2f}",
-                      ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(result.tried.items()))])
-        if result.halves is not None:
-            end = spread(result.halves[:, 1, -1])
-            lines.append([begin[0], f"{begin[1]}, half the steps", begin[2], end, "", "", "", ""])
+        tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(result.tried.items()))
+        lines.append([f"`{model}`", name, f"{result.rate:g}", spread(result.final), spread(shares), step,
+                      f"{np.mean(shares) * median(slower):.2f}", tried])
+        if result.shorter is not None:
+            end = spread(result.shorter[:, 1, -1])
+            lines.append([f"`{model}`", f"{name}, 2/3 of the steps", f"{result.rate:g}", end, "", "", "", ""])
     return lines
 
 
 def report(everything: dict[str, dict[str, Result]]) -> str:
-    sizes = ", ".join(f"{SIZES[name].max_iters} steps of {SIZES[name].batch_size} x {SIZES[name].block_size} "
-                      f"tokens for `{name}`" for name in everything)
-    table = [HEADER, ["---"] * len(HEADER), *(line for name, results in everything.items()
-                                              for line in rows(name, results))]
+    sizes = ", ".join(f"{size.max_iters} steps of {size.batch_size} x {size.block_size} tokens for `{model}`"
+                      for model, size in SIZES.items() if model in everything)
+    table = [HEADER, ["---"] * len(HEADER), *(line for model, results in everything.items()
+                                              for line in rows(model, results))]
     return "\n".join([
-        "# AdamW and Muon on the same batches", "",
+        "# What a token teaches", "",
         f"Written by `python bench/learning.py --sizes {' '.join(everything)}` on {os.cpu_count()} cores "
-        f"({platform.machine()}), torch {torch.__version__}: {sizes}. Tokens and time are those to the loss "
-        "that AdamW ends with, as shares of its own, seed by seed; ± is the standard deviation over seeds.",
-        "",
+        f"({platform.machine()}), torch {torch.__version__}, bfloat16: {sizes}. Tokens and time are those to "
+        "the loss that AdamW ends with as in the recipe, in shares of its own, seed by seed; time is that of "
+        "so many steps. ± is the standard deviation over seeds.", "",
         *(f"| {' | '.join(line)} |" for line in table), ""])
 
 
@@ -190,14 +209,14 @@ def draw(everything: dict[str, dict[str, Result]], picture: Path):
     figure = Figure(figsize=(4.5 * len(everything), 4), layout="constrained")
     panels = figure.subplots(1, len(everything), squeeze=False)[0]
     for axes, (model, results) in zip(panels, everything.items(), strict=True):
-        for number, (optimizer, result) in enumerate(results.items()):
-            for curves, style, of in ((result.curves, "-", ""), (result.halves, "--", ", half the steps")):
+        for number, (name, result) in enumerate(results.items()):
+            for curves, style, of in ((result.curves, "-", ""), (result.shorter, "--", ", 2/3 of the steps")):
                 if curves is None:
                     continue
                 tokens, losses, color = curves[0, 0], curves[:, 1], f"C{number}"
-                axes.plot(tokens, losses.mean(0), style, color=color, label=NAMES[optimizer] + of)
+                axes.plot(tokens, losses.mean(0), style, color=color, label=name + of)
                 axes.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
-        end = results["adamw"].final.mean()
+        end = results[RECIPE].final.mean()
         axes.axhline(end, color="gray", linewidth=0.8, linestyle=":")
         axes.set(title=model, xlabel="tokens read", ylim=(None, end + 1.5))
         axes.xaxis.set_major_formatter(EngFormatter())
@@ -209,10 +228,10 @@ def draw(everything: dict[str, dict[str, Result]], picture: Path):
 
 if __name__ == "__main__":
     o = tyro.cli(Options, description=__doc__, use_underscores=True)
-    tasks = [(model, optimizer) for model in o.sizes for optimizer in NAMES]
+    tasks = [(model, name) for model in o.sizes for name in reversed(WAYS)]  # the longest first
     with ThreadPoolExecutor(o.jobs) as pool:
         found = dict(zip(tasks, pool.map(lambda task: learn(o, *task), tasks), strict=True))
-    everything = {model: {name: found[model, name] for name in NAMES} for model in o.sizes}
+    everything = {model: {name: found[model, name] for name in WAYS} for model in o.sizes}
     for model, results in everything.items():
         measure_steps(o, model, results)
     print(text := report(everything))
