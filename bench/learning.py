@@ -41,6 +41,9 @@ class Way:
     embedding_lr_scale: float
     warmup: float  # share of the steps; for nano, the other optimizer's is worse (try --warmup)
 
+    def __str__(self):
+        return f"{self.optimizer}-embedding{self.embedding_lr_scale:g}"
+
 
 WAYS = {"AdamW": Way("adamw", 1, 0.1), "AdamW, embedding x 6": Way("adamw", 6, 0.1),
         "Muon": Way("muon", 1, 0.02), "Muon, embedding x 6": Way("muon", 6, 0.02)}
@@ -118,8 +121,8 @@ def train(o: Options, model: str, name: str, rate: float, seed: int, steps: int,
 
 def losses_of(o: Options, model: str, name: str, rate: float, seed: int, share: float = 1) -> np.ndarray:
     """The curve of a run of that share of the steps."""
-    steps, way = round(SIZES[model].max_iters * share), WAYS[name]
-    folder = f"{way.optimizer}-{rate:g}-embedding{way.embedding_lr_scale:g}-{steps}-seed{seed}"
+    steps = round(SIZES[model].max_iters * share)
+    folder = f"{WAYS[name]}-{rate:g}-{steps}-seed{seed}"
     if o.warmup is not None:
         folder += f"-warmup{o.warmup:g}"
     entries = train(o, model, name, rate, seed, steps, folder, threads=max(1, os.cpu_count() // o.jobs))
@@ -148,9 +151,8 @@ def measure_steps(o: Options, model: str, results: dict[str, Result]):
     tokens = SIZES[model].batch_size * SIZES[model].block_size
     for turn in range(o.pairs):
         for name, result in results.items():
-            folder = f"{WAYS[name].optimizer}-embedding{WAYS[name].embedding_lr_scale:g}-timed{turn}"
-            entries = train(o, model, name, result.rate, 0, 12, folder, "--eval_iters=1", "--log_interval=2",
-                            threads=os.cpu_count())
+            entries = train(o, model, name, result.rate, 0, 12, f"{WAYS[name]}-timed{turn}", "--eval_iters=1",
+                            "--log_interval=2", threads=os.cpu_count())
             speeds = [entry["tok_per_s"] for entry in entries if "tok_per_s" in entry]
             result.seconds.append(tokens / median(speeds[2:]))
 
@@ -197,7 +199,7 @@ def report(everything: dict[str, dict[str, Result]]) -> str:
                                               for line in rows(model, results))]
     return "\n".join([
         "# What a token teaches", "",
-        f"Written by `python bench/learning.py --sizes {' '.join(everything)}` on {os.cpu_count()} cores "
+        f"Written by `python {' '.join(sys.argv)}` on {os.cpu_count()} cores "
         f"({platform.machine()}), torch {torch.__version__}, bfloat16: {sizes}. Tokens and time are those to "
         "the loss that AdamW ends with as in the recipe, in shares of its own, seed by seed; time is that of "
         "so many steps. ± is the standard deviation over seeds.", "",
