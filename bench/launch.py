@@ -15,6 +15,7 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,8 @@ def _run(cwd: str, script: str, options, paths: list[str], before, environment: 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which a kill leaves behind
     os.chdir(cwd)
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # torch has read it when it was imported, before the fork
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [script, *options]
     sys.path.insert(0, str((ROOT / script).parent))
     code = 1
