@@ -1,15 +1,15 @@
-"""What a token teaches: the same models on the same batches, trained in four ways.
+"""What a token teaches: the same models on the same batches, trained as the recipe has it and otherwise.
 
     python bench/learning.py                   # all sizes, hours
     python bench/learning.py --sizes nano      # one of them
 
 The blocks' matrices get AdamW or Muon, and the embedding the learning rate of all the others, as in the
-published recipe, or a higher one. Each run is train.py's own, in bfloat16. With the first seed, each way
-tries three learning rates, and more where the best is at an end of them; with the best it trains from the
-other seeds. (The 135M model has one rate and one seed.) Nano trains in the last way once more, in two thirds
-of the steps. At last all run in turn, each alone on the machine, for the time of a step. Writes
-bench/LEARNING.md and assets/learning.png. What is in --runs is not run again, so the command can be stopped,
-and goes on.
+published recipe, or a higher one; nano tries all four ways, the larger models the recipe's and train.py's.
+Each run is train.py's own, in bfloat16. With the first seed, each way tries three learning rates, and more
+where the best is at an end of them; with the best it trains from the other seeds. (The 135M model has two
+rates and one seed.) Nano trains in train.py's way once more, in two thirds of the steps. At last all run in
+turn, each alone on the machine, for the time of a step. Writes bench/LEARNING.md and assets/learning.png.
+What is in --runs is not run again, so the command can be stopped, and goes on.
 """
 
 import json
@@ -59,12 +59,14 @@ class Size:
     batch_size: int = 16
     block_size: int = 128
     evaluations: int = 10
+    ways: tuple[str, ...] = (RECIPE, DEFAULT)
+    timed: int = 12  # steps, in a run that is timed
 
 
 SIZES = {
-    "nano": Size(600, (1.5e-3, 3e-3, 6e-3), evaluations=20),
-    "micro": Size(160, (1.5e-3, 3e-3, 6e-3)),
-    "smollm2-135m": Size(200, (1e-3,), seeds=(0,), batch_size=8),
+    "nano": Size(600, (1.5e-3, 3e-3, 6e-3), evaluations=20, ways=tuple(WAYS), timed=80),
+    "micro": Size(160, (1.5e-3, 3e-3, 6e-3), timed=30),
+    "smollm2-135m": Size(200, (1e-3, 2e-3), seeds=(0,), batch_size=4),
 }
 
 
@@ -151,8 +153,8 @@ def measure_steps(o: Options, model: str, results: dict[str, Result]):
     tokens = SIZES[model].batch_size * SIZES[model].block_size
     for turn in range(o.pairs):
         for name, result in results.items():
-            entries = train(o, model, name, result.rate, 0, 12, f"{WAYS[name]}-timed{turn}", "--eval_iters=1",
-                            "--log_interval=2", threads=os.cpu_count())
+            entries = train(o, model, name, result.rate, 0, SIZES[model].timed, f"{WAYS[name]}-timed{turn}",
+                            "--eval_iters=1", "--log_interval=2", threads=os.cpu_count())
             speeds = [entry["tok_per_s"] for entry in entries if "tok_per_s" in entry]
             result.seconds.append(tokens / median(speeds[2:]))
 
@@ -211,11 +213,12 @@ def draw(everything: dict[str, dict[str, Result]], picture: Path):
     figure = Figure(figsize=(4.5 * len(everything), 4), layout="constrained")
     panels = figure.subplots(1, len(everything), squeeze=False)[0]
     for axes, (model, results) in zip(panels, everything.items(), strict=True):
-        for number, (name, result) in enumerate(results.items()):
+        for name, result in results.items():
+            color = f"C{list(WAYS).index(name)}"
             for curves, style, of in ((result.curves, "-", ""), (result.shorter, "--", ", 2/3 of the steps")):
                 if curves is None:
                     continue
-                tokens, losses, color = curves[0, 0], curves[:, 1], f"C{number}"
+                tokens, losses = curves[0, 0], curves[:, 1]
                 axes.plot(tokens, losses.mean(0), style, color=color, label=name + of)
                 axes.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
         end = results[RECIPE].final.mean()
@@ -230,10 +233,10 @@ def draw(everything: dict[str, dict[str, Result]], picture: Path):
 
 if __name__ == "__main__":
     o = tyro.cli(Options, description=__doc__, use_underscores=True)
-    tasks = [(model, name) for model in o.sizes for name in reversed(WAYS)]  # the longest first
+    tasks = [(model, name) for model in o.sizes for name in reversed(SIZES[model].ways)]  # the longest first
     with ThreadPoolExecutor(o.jobs) as pool:
         found = dict(zip(tasks, pool.map(lambda task: learn(o, *task), tasks), strict=True))
-    everything = {model: {name: found[model, name] for name in WAYS} for model in o.sizes}
+    everything = {model: {name: found[model, name] for name in SIZES[model].ways} for model in o.sizes}
     for model, results in everything.items():
         measure_steps(o, model, results)
     print(text := report(everything))
