@@ -18,8 +18,9 @@ import torch
 import tyro
 from tokenizers.decoders import DecodeStream
 
-from smollm import (InputError, KVCache, SmolLM, check_tokenizer, load_tokenizer, local_path, one_line_errors,
-                    pick_device)
+from smollm import InputError, KVCache, SmolLM, check_tokenizer, load_tokenizer, local_path
+from tools.decode import compile_decode
+from tools.script import one_line_errors, pick_device
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Options:
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CUDA device that has it
+    compile: bool = False  # torch.compile each step: slow to begin, then fast
     chat: bool = False  # talk with an instruct model, /reset forgets all; with a prompt, one answer to it
     system: str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # heads a chat
 
@@ -90,8 +92,8 @@ def chat(model, tokenizer, o: Options, device, sampling: dict):
     end = tokenizer.token_to_id("<|im_end|>")
     if end is None or tokenizer.token_to_id("<|im_start|>") is None:
         raise InputError(f"{o.ckpt} has no tokens <|im_start|> and <|im_end|>: take an instruct model")
-    limit = min(model.config.max_position_embeddings, 8192)  # of memory: SmolLM3 has 65536
-    cache = KVCache(model.config, 1, limit, device, model.model.norm.weight.dtype)
+    limit = min(model.config.max_position_embeddings, 2048 if o.compile else 8192)  # slots
+    cache = KVCache(model.config, 1, limit, device, model.model.norm.weight.dtype, static=o.compile)
     unread, text = [], chat_turn("system", o.system)  # tokens, then text, that the cache does not hold yet
     while True:
         try:
@@ -142,5 +144,6 @@ if __name__ == "__main__":
     model = SmolLM.from_pretrained(source, device, getattr(torch, o.dtype))
     check_tokenizer(tokenizer, model.config)
     sampling = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p,
+                "decode": compile_decode(model) if o.compile else None,
                 "generator": torch.Generator(device).manual_seed(o.seed)}
     (chat if o.chat else complete)(model, tokenizer, o, device, sampling)

@@ -6,7 +6,6 @@ output head. Modules have the names of the published checkpoints: tensors travel
 
 import json
 import math
-import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -19,18 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: the value, the limit, the way out."""
-
-
-def one_line_errors(kind, error, traceback):
-    """A `sys.excepthook` for scripts: what user or machine did is told in one line, bugs keep a traceback."""
-    if issubclass(kind, InputError | OSError | KeyboardInterrupt | torch.OutOfMemoryError):
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
 
 
 # What a config.json may state, but no SmolLM varies.
@@ -164,9 +156,9 @@ class KVCache:
     """
     def __init__(self, config, batch_size: int, max_length: int, device=None, dtype=None, static=False):
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(config.num_hidden_layers, *shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.max_length, self.static = max_length, static
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype)
+                                   for _ in range(config.num_hidden_layers)] for _ in range(2))
+        self.slots, self.max_length, self.static = torch.arange(max_length, device=device), max_length, static
         self.length = 0  # slots filled
         self.visible, self.position = 0, None  # slots that the current step reads, and (T,) that it writes
 
@@ -177,16 +169,14 @@ class KVCache:
             raise InputError(f"the KV cache has {self.max_length} slots, {end} are needed: allocate more")
         whole = self.static and start > 0
         self.length, self.visible = end, self.max_length if whole else end
-        self.position = torch.arange(start, end, device=self.keys.device)
-        if whole or (start > 0 and T > 1):
-            return torch.arange(self.visible, device=self.keys.device) <= self.position[:, None]
-        return None
+        self.position = self.slots[start:end]
+        return self.slots[:self.visible] <= self.position[:, None] if whole or (start > 0 and T > 1) else None
 
     def update(self, layer: int, k, v):
         """Write k and v (B, H_kv, T, D) to the claimed slots; returns what the layer reads, T = visible."""
-        self.keys[layer].index_copy_(2, self.position, k.to(self.keys.dtype))
-        self.values[layer].index_copy_(2, self.position, v.to(self.values.dtype))
-        return self.keys[layer, :, :, :self.visible], self.values[layer, :, :, :self.visible]
+        for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
+            cached.index_copy_(2, self.position, new.to(cached.dtype))
+        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
 
 
 class Attention(nn.Module):
@@ -263,6 +253,13 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class _SkipInit(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing. (On the meta device it would take two seconds, for its imports.)"""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*args, **kwargs or {})
+
+
 class SmolLM(nn.Module):
     """The language model. Its state dict has exactly the tensors of the published model.safetensors."""
     def __init__(self, config: Config):
@@ -292,16 +289,20 @@ class SmolLM(nn.Module):
         cross-entropy in nats, in float32, over the targets that are not -100 (0 if all are).
         """
         T = input_ids.size(1)
-        mask = None if cache is None else cache.advance(T)
-        position = torch.arange(T, device=input_ids.device) if cache is None else cache.position
-        x = self.model(input_ids, position, mask, cache)  # (B, T, C)
         if cache is not None:
-            x = x[:, -1:]
+            return self.next_logits(input_ids, cache.advance(T), cache), None
+        x = self.model(input_ids, torch.arange(T, device=input_ids.device))  # (B, T, C)
         logits = F.linear(x, self.model.embed_tokens.weight)  # the head is the embedding
         if targets is None:
             return logits, None
         total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")  # no -100
         return logits, total / (targets != -100).sum().clamp(min=1)
+
+    def next_logits(self, input_ids, mask, cache: KVCache):
+        """Logits (B, 1, V) after the last of input_ids, for which cache.advance has made room and the mask.
+        With a static cache, torch.compile makes one graph of it for all single tokens."""
+        x = self.model(input_ids, cache.position, mask, cache)[:, -1:]
+        return F.linear(x, self.model.embed_tokens.weight)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -315,22 +316,28 @@ class SmolLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens: int, temperature=1.0, top_k: int | None = None,
-                 top_p: float | None = None, eos_id: int | None = None, generator=None, cache=None):
+                 top_p: float | None = None, eos_id: int | None = None, generator=None, cache=None,
+                 decode=None):
         """Continue input_ids (B, T): yields each new column (B, 1) as it is made.
 
         It ends after max_new_tokens, or when every row has met eos_id; a row that has goes on as eos_id. The
         same state of generator gives the same tokens. With a cache, input_ids go on from what it holds; at
-        the end it has all but the last column. InputError, at the first column, if a value is out of range.
+        the end it has all but the last column. decode is next_logits, compiled, for the single tokens, and a
+        cache has to be static then. InputError, at the first column, if a value is out of range.
         """
         (B, T), weight = input_ids.shape, self.model.embed_tokens.weight
         limit = self.config.max_position_embeddings - (cache.length if cache else 0)
         if not 0 < T <= limit - max_new_tokens:
             raise InputError(f"a prompt of {T} tokens (at least 1) and {max_new_tokens} new ones must fit in "
                              f"the model's context of {limit}: shorten it or ask for fewer new ones")
-        cache = cache or KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
+        length = math.ceil((T + max_new_tokens) / 256) * 256 if decode else T + max_new_tokens  # few graphs
+        cache = cache or KVCache(self.config, B, length, weight.device, weight.dtype, static=bool(decode))
+        if decode and not cache.static:
+            raise ValueError("a compiled step needs a KVCache with static=True")
         done = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
-        for _ in range(max_new_tokens):
-            logits, _ = self(input_ids, cache=cache)
+        for count in range(max_new_tokens):
+            next_logits = decode if decode and count else self.next_logits
+            logits = next_logits(input_ids, cache.advance(input_ids.size(1)), cache)
             input_ids = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             if eos_id is not None:
                 input_ids = input_ids.masked_fill(done, eos_id)
@@ -340,12 +347,17 @@ class SmolLM(nn.Module):
                 return
 
     @classmethod
+    def empty(cls, config: Config) -> "SmolLM":
+        """Of that shape, without memory: load_state_dict(assign=True) makes tensors its parameters."""
+        with torch.device("meta"), _SkipInit():
+            return cls(config)
+
+    @classmethod
     def from_pretrained(cls, source, device=None, dtype=None) -> "SmolLM":
         """From a HuggingFace directory, a Hub id (owner/name, owner/name@revision) or a ckpt.pt of train.py.
         dtype None is float32. InputError names a missing or damaged file, or the first wrong tensor."""
         config, tensors = _read_model(local_path(source))
-        with torch.device("meta"):  # shapes without memory: the loaded tensors become the parameters
-            model = cls(config)
+        model = cls.empty(config)
         needed = model.state_dict()
         for name in sorted(needed.keys() | tensors.keys()):
             found, right = (list(d[name].shape) if name in d else "absent" for d in (tensors, needed))
@@ -477,19 +489,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: Config):
         raise InputError(f"the tokenizer has {size} tokens, the model {config.vocab_size}: they don't fit")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is CUDA, else Apple's MPS, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # which 'meta' has not
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} can't be used here: {first_line(error)}") from None
-
-
 if __name__ == "__main__":
-    with torch.device("meta"):
-        model = SmolLM(Config())
+    model = SmolLM.empty(Config())
     print(model)
     print(f"{model.num_parameters():,} parameters in {len(model.state_dict())} tensors")

@@ -27,12 +27,12 @@ from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smollm import (PRESETS, InputError, SmolLM, check_tokenizer, load_checkpoint, load_tokenizer, local_path,
-                    one_line_errors, pick_device)
+from smollm import PRESETS, InputError, SmolLM, check_tokenizer, load_checkpoint, load_tokenizer, local_path
 from tools.checkpoint import lock_folder, previous_of, save_checkpoint, use_newest_whole
 from tools.muon import Muon
 from tools.plot import plot
 from tools.prepare import WINDOW, end_of_text, prepare_data
+from tools.script import one_line_errors, pick_device
 
 # ---- Options: the comments are their help
 
@@ -57,7 +57,7 @@ class Options:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: of the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
     learning_rate: float = 5e-4  # the peak
-    embedding_lr_scale: float = 6.0  # times that for the embedding, which is the head, too; the recipe: 1
+    embedding_lr_scale: float = 1.0  # times that for the embedding, which is the head, too; nano likes 6
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # after warm-up; wsd: stable, then 1 - sqrt
     warmup_iters: int | None = None  # steps of linear warm-up; None: 2% of max_iters
     decay_iters: int | None = None  # last steps, in which wsd decays; None: 20% of max_iters

@@ -27,7 +27,8 @@ from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from smollm import (Config, InputError, SmolLM, check_tokenizer, first_line, load_tokenizer, local_path,
-                    one_line_errors, read_json)
+                    read_json)
+from tools.script import one_line_errors
 
 DTYPES = {"float32": Quantization.F32, "float16": Quantization.F16, "bfloat16": Quantization.BF16,
           "q8_0": Quantization.Q8_0}
@@ -168,8 +169,7 @@ def read_gguf(path: Path) -> tuple[SmolLM, Tokenizer, str | None]:
             raise ValueError("it has no token_embd.weight")
         config = read_config(reader, shapes)
         names = tensor_names(config)
-        with torch.device("meta"):
-            model = SmolLM(config)
+        model = SmolLM.empty(config)
         needed = {names[name]: list(tensor.shape) for name, tensor in model.state_dict().items()}
         for name in sorted(shapes.keys() | needed.keys()):
             found, right = shapes.get(name, "absent"), needed.get(name, "absent")

@@ -17,7 +17,8 @@ from matplotlib.ticker import EngFormatter
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from smollm import InputError, one_line_errors
+from smollm import InputError
+from tools.script import one_line_errors
 
 
 def plot(curves: dict[str, list[dict]], picture: Path):

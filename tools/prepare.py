@@ -28,7 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from smollm import InputError, load_tokenizer, one_line_errors, read_json
+from smollm import InputError, load_tokenizer, read_json
+from tools.script import one_line_errors
 
 WINDOW = 2**24  # tokens: what is made whole or not at all, and what train.py shuffles within
 BATCH = 200  # documents that are read and encoded at once; the first is held out, for validation
