@@ -6,7 +6,7 @@
 The blocks' matrices get AdamW, as in the published recipe, or Muon, and the embedding the learning rate of
 all the others, or a higher one. Each run is train.py's own, in bfloat16. With the first seed, each way tries
 three learning rates, and more where the best is at an end of them; with the best it trains from the other
-seeds. (The 135M model has one seed, and one rate with Muon.) Nano trains in its best way once more, in two
+seeds. (The 135M model has one seed, and no more rates.) Nano trains in its best way once more, in two
 thirds of the steps. At last all run in turn, each alone on the machine, for the time of a step. Writes
 bench/LEARNING.md and assets/learning.png. What is in --runs is not run again, so the command can be stopped,
 and goes on.
@@ -60,7 +60,7 @@ class Size:
     block_size: int = 128
     evaluations: int = 10
     ways: tuple[str, ...] = (RECIPE, DEFAULT)
-    muon_rates: tuple[float, ...] | None = None  # of Muon, and no more than these; None: as the others
+    muon_rates: tuple[float, ...] | None = None  # of Muon, and none is added to either; None: as the others
     timed: int = 8  # steps, in a run that is timed
 
 
@@ -136,13 +136,12 @@ def losses_of(o: Options, model: str, name: str, rate: float, seed: int, share: 
 
 def learn(o: Options, model: str, name: str) -> Result:
     size, tried = SIZES[model], {}
-    fixed = size.muon_rates and WAYS[name].optimizer == "muon"
-    rates = list(size.muon_rates if fixed else size.rates)
+    rates = list((WAYS[name].optimizer == "muon" and size.muon_rates) or size.rates)
     while len(tried) < len(rates):
         for rate in rates[len(tried):]:
             tried[rate] = losses_of(o, model, name, rate, size.seeds[0])[1, -1]
         best = min(tried, key=tried.get)
-        if not fixed and best in (min(rates), max(rates)):
+        if size.muon_rates is None and best in (min(rates), max(rates)):
             rates.append(best / 2 if best == min(rates) else best * 2)
     curves = [losses_of(o, model, name, best, seed) for seed in size.seeds]
     shorter = [losses_of(o, model, name, best, seed, 2 / 3) for seed in size.seeds] if (
