@@ -337,7 +337,9 @@ class SmolLM(nn.Module):
         done = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
         for count in range(max_new_tokens):
             next_logits = decode if decode and count else self.next_logits
+            torch.backends.mkldnn.enabled = input_ids.numel() > 1  # slow in bfloat16 with a single row
             logits = next_logits(input_ids, cache.advance(input_ids.size(1)), cache)
+            torch.backends.mkldnn.enabled = True
             input_ids = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             if eos_id is not None:
                 input_ids = input_ids.masked_fill(done, eos_id)

@@ -11,12 +11,13 @@ class SumProducts(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear and args[0].numel() == args[0].size(-1):
             x, weight = args[:2]  # (1, 1, C), (C_out, C)
-            return (x.flatten() * weight).sum(-1).view(*x.shape[:-1], -1)
+            return (x.flatten() * weight).sum(-1).view(1, 1, -1)
         return function(*args, **kwargs or {})
 
 
 def compile_decode(model):
-    """`model.next_logits`, compiled: the `decode` of `model.generate`. On a GPU it is a captured graph."""
+    """`model.next_logits` of single tokens, compiled: the `decode` of `model.generate`. On a GPU it is a
+    captured graph."""
     def next_logits(input_ids, mask, cache):
         with SumProducts():
             return model.next_logits(input_ids, mask, cache)
