@@ -35,7 +35,7 @@ class Options:
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CUDA device that has it
-    compile: bool = False  # torch.compile each step: slow to begin, then fast
+    compile: bool = False  # torch.compile a step: slow to begin, then fast; a chat has 2048 tokens then
     chat: bool = False  # talk with an instruct model, /reset forgets all; with a prompt, one answer to it
     system: str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # heads a chat
 

@@ -272,8 +272,6 @@ def test_compiled_decode_is_one_graph_and_gives_the_same_text(batch_size):
         assert torch.equal(torch.cat(list(model.generate(ids, 30, 0, decode=decode)), 1), expected)
         longer = torch.cat((ids, expected[:, :5]), 1)  # and another cache
         assert torch.equal(torch.cat(list(model.generate(longer, 25, 0, decode=decode)), 1), expected[:, 5:])
-    with pytest.raises(ValueError, match="static"):
-        next(model.generate(ids, 1, decode=decode, cache=KVCache(TINY, batch_size, 20)))
 
 # -----------------------------------------------------------------------------
 # Initialization, loss, gradient accumulation

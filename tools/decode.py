@@ -9,9 +9,9 @@ class SumProducts(TorchFunctionMode):
     """Inside, F.linear of a single row is a sum of products: compiled for a CPU, this reads the weight twice
     as fast as a matmul does."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0].numel() == args[0].size(-1):
+        if function is F.linear and args[0].numel() == args[0].size(-1) and args[2:] in ((), (None,)):
             x, weight = args[:2]  # (1, 1, C), (C_out, C)
-            return (x.flatten() * weight).sum(-1).view(1, 1, -1)
+            return (x.flatten() * weight).sum(-1).view(*x.shape[:-1], -1)
         return function(*args, **kwargs or {})
 
 

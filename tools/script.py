@@ -1,11 +1,9 @@
 """What the scripts have in common."""
 
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from smollm import InputError, first_line
 
 
