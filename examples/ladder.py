@@ -5,7 +5,7 @@
 
 The top rung is smollm.SmolLM itself. Each function below takes one of its ideas out again; at the bottom none
 is left, and the model is the GPT-2-like one that this project began with. All rungs train on the same tokens,
-from the same seeds, with AdamW. Prints the table that README.md shows, and writes assets/ladder.png.
+from the same seeds, with AdamW at one learning rate. Prints a table, and writes assets/ladder.png.
 """
 
 import math
@@ -20,6 +20,7 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from torch import nn
+from torch.nn.functional import dropout, silu
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,31 +47,35 @@ class Options:
 # ---- The ideas, each undone
 
 
+class Embedding(nn.Embedding):
+    """With dropout; if told so, with a learned vector for each position, from 0 on (for training, not for
+    a KV cache), and with a matrix for the tokens that is not `weight`, which the model takes as its head."""
+    def __init__(self, config: Config, positions=False, untied=False):
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(POSITIONS, config.hidden_size) if positions else None
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size) if untied else None
+
+    def forward(self, input_ids):
+        x = self.tokens(input_ids) if self.tokens else super().forward(input_ids)
+        x = x + self.positions.weight[:input_ids.size(1)] if self.positions else x
+        return dropout(x, DROPOUT, self.training)
+
+
 def add_biases_and_dropout(model: SmolLM):
-    """A bias in each linear layer, and dropout on what is added to the residual stream."""
+    """A bias in each linear layer, and dropout on the embedding and on what attention adds to it."""
     for block in model.model.layers:
         for module in (block.self_attn, block.mlp):
             for name, linear in list(module.named_children()):
-                biased = nn.Linear(linear.in_features, linear.out_features)
-                writes = name in ("o_proj", "down_proj")
-                setattr(module, name, nn.Sequential(biased, nn.Dropout(DROPOUT)) if writes else biased)
-
-
-class EmbeddingWithPositions(nn.Embedding):
-    """Of a token and of its position, added."""
-    def __init__(self, vocab_size: int, size: int):
-        super().__init__(vocab_size, size)
-        self.positions, self.dropout = nn.Embedding(POSITIONS, size), nn.Dropout(DROPOUT)
-
-    def forward(self, input_ids):
-        return self.dropout(super().forward(input_ids) + self.positions.weight[:input_ids.size(1)])
+                setattr(module, name, nn.Linear(linear.in_features, linear.out_features))
+        block.self_attn.o_proj = nn.Sequential(block.self_attn.o_proj, nn.Dropout(DROPOUT))
+    model.model.embed_tokens = Embedding(model.config)
 
 
 def learn_positions(model: SmolLM):
     """A learned vector for each position, in place of RoPE."""
     for block in model.model.layers:
         block.self_attn.rotates = False
-    model.model.embed_tokens = EmbeddingWithPositions(model.config.vocab_size, model.config.hidden_size)
+    model.model.embed_tokens = Embedding(model.config, positions=True)
 
 
 class MLP(nn.Module):
@@ -78,11 +83,10 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Sequential(nn.Linear(config.intermediate_size, config.hidden_size),
-                                       nn.Dropout(DROPOUT))
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(nn.functional.silu(self.up_proj(x)))
+        return self.down_proj(silu(self.up_proj(x)))
 
 
 def remove_gates(model: SmolLM):
@@ -105,18 +109,9 @@ def subtract_means(model: SmolLM):
     model.model.norm = nn.LayerNorm(*shape)
 
 
-class UntiedEmbedding(EmbeddingWithPositions):
-    """`weight`, which the model takes as its head, is no longer the matrix that tokens are looked up in."""
-    def __init__(self, vocab_size: int, size: int):
-        super().__init__(vocab_size, size)
-        self.tokens = nn.Embedding(vocab_size, size)
-
-    def forward(self, input_ids):
-        return self.dropout(self.tokens(input_ids) + self.positions.weight[:input_ids.size(1)])
-
-
 def untie_the_head(model: SmolLM):
-    model.model.embed_tokens = UntiedEmbedding(model.config.vocab_size, model.config.hidden_size)
+    """Tokens are looked up in one matrix, and told by another."""
+    model.model.embed_tokens = Embedding(model.config, positions=True, untied=True)
 
 
 # From the top: a rung's name, and what is undone below it
@@ -188,6 +183,8 @@ def climb(o: Options) -> dict[str, list]:
     for name, limit in (("steps", 10**6), ("batch_size", 10**6), ("block_size", POSITIONS)):
         if not 1 <= getattr(o, name) <= limit:
             raise InputError(f"{name} is {getattr(o, name)}, it must be at least 1 and at most {limit}")
+    if not o.seeds:
+        raise InputError("seeds is empty: name at least one")
     windows = math.ceil(o.steps * o.batch_size * o.block_size / WINDOW)
     folder, meta, _ = prepare_data(o.dataset, None, "text", None, config.vocab_size, windows)
     text = {part: np.memmap(folder / f"{part}.bin", meta["dtype"], "r") for part in ("train", "val")}
@@ -199,21 +196,21 @@ def climb(o: Options) -> dict[str, list]:
 
     blocks = {part: (len(tokens) - 1) // o.block_size for part, tokens in text.items()}
     val_batches = batches("val", np.arange(blocks["val"]), 10)
-    for rung in reversed(range(len(LADDER))):
-        name = LADDER[rung][0]
-        results[name] = runs = []
-        for seed in o.seeds:
+    for seed in o.seeds:
+        for rung in reversed(range(len(LADDER))):
             torch.manual_seed(seed)
             model = build(rung, config)
             init_weights(model)
             order = np.random.default_rng(seed).permutation(blocks["train"])
+            runs = results.setdefault(LADDER[rung][0], [])
             runs.append(train(model.to(device), batches("train", order, o.steps), val_batches, o))
-            print(f"{name}, seed {seed}: {runs[-1][0][-1][1]:.4f}", file=sys.stderr, flush=True)
+            print(f"{LADDER[rung][0]}, seed {seed}: {runs[-1][0][-1][1]:.4f}", file=sys.stderr, flush=True)
     return results
 
 
 def table(results: dict[str, list], config: Config) -> str:
-    lines = ["| rung | parameters | validation loss | tokens/s | KV cache, bytes a token |", "|---" * 5 + "|"]
+    lines = ["| rung | parameters at 135M | validation loss | tokens/s | KV cache at 135M, bytes a token |",
+             "|---" * 5 + "|"]
     for rung in reversed(range(len(LADDER))):
         with torch.device("meta"):
             model = build(rung, config)
