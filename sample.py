@@ -73,13 +73,13 @@ def complete(model, tokenizer, o: Options, device, sampling: dict):
     else:
         for sample in zip(*rows(), strict=True):
             print(o.prompt + tokenizer.decode(sample), "-" * 60, sep="\n")
-
-    steps, seconds = len(times) - 2, times[-1] - times[1]
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     print(f"prefill: {len(ids)} tokens in {1e3 * (times[1] - times[0]):.0f} ms", file=sys.stderr)
-    if steps:
-        print(f"decode: {o.num_samples * steps / seconds:.1f} tok/s, {size * steps / seconds:.1f} GB/s of "
-              f"weights read ({o.dtype}, {device})", file=sys.stderr)
+    times = times[1 + o.compile:]  # from the prompt's own column on, or from the one that compiled
+    if len(times) > 1:
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        print(f"decode: {o.num_samples * rate:.1f} tok/s, {size * rate:.1f} GB/s of weights read ({o.dtype}, "
+              f"{device})", file=sys.stderr)
 
 
 def chat_turn(role: str, content: str) -> str:
