@@ -262,6 +262,24 @@ def test_later_tokens_never_change_earlier_logits():
     assert not torch.allclose(before[:, 25:], after[:, 25:], atol=1e-2)
 
 
+def test_static_decode_is_one_graph():
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, ids, cache = make(TINY), ids_of(2, 30), KVCache(TINY, 2, 30, static=True)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        model(ids[:, :10], cache=cache)
+        model.model = torch.compile(model.model, backend=count, fullgraph=True)
+        for i in range(10, 30):
+            logits, _ = model(ids[:, i:i + 1], cache=cache)
+            torch.testing.assert_close(logits, expected[:, i:i + 1], rtol=0, atol=1e-4)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_compiled_decode_is_one_graph_and_gives_the_same_text(batch_size):
     model, ids = make(TINY), ids_of(batch_size, 10)
@@ -272,6 +290,21 @@ def test_compiled_decode_is_one_graph_and_gives_the_same_text(batch_size):
         assert torch.equal(torch.cat(list(model.generate(ids, 30, 0, decode=decode)), 1), expected)
         longer = torch.cat((ids, expected[:, :5]), 1)  # and another cache
         assert torch.equal(torch.cat(list(model.generate(longer, 25, 0, decode=decode)), 1), expected[:, 5:])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_generating_leaves_onednn_as_it_was(enabled, monkeypatch):
+    def fail(input_ids, mask, cache):
+        assert not torch.backends.mkldnn.enabled  # for a single row
+        raise MemoryError
+
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    model, ids = make(TINY), ids_of(1, 10)
+    list(model.generate(ids, 3))
+    assert torch.backends.mkldnn.enabled == enabled
+    with pytest.raises(MemoryError):
+        list(model.generate(ids, 3, decode=fail))
+    assert torch.backends.mkldnn.enabled == enabled
 
 # -----------------------------------------------------------------------------
 # Initialization, loss, gradient accumulation
@@ -1509,6 +1542,20 @@ def test_the_ladder_has_the_counts_of_the_project_s_history():
                   for rung in reversed(range(len(ladder.LADDER)))]
     assert counts == [150_312_960, 122_001_408, 121_966_272, 108_672_192, 135_260_352, 134_670_528,
                       134_515_008]
+
+
+def test_positions_of_the_ladder_are_learned_below_rope_and_turned_above():
+    config = dataclasses.replace(TINY, num_hidden_layers=1)  # whose last token sees all others, in no order
+    ids = ids_of(1, 20)
+    shuffled = torch.cat((ids[:, :19].flip(1), ids[:, 19:]), 1)
+    names = [name for name, _ in ladder.LADDER]
+    for rung in range(len(names)):
+        model = ladder.build(rung, config).eval()
+        if rung > names.index("RoPE"):
+            model.model.embed_tokens.positions.weight.data.zero_()
+        with torch.no_grad():
+            same = torch.allclose(model(ids)[0][:, -1], model(shuffled)[0][:, -1], atol=1e-5)
+        assert same == (rung > names.index("RoPE")), names[rung]
 
 
 def test_each_rung_of_the_ladder_trains(corpus, tmp_path, monkeypatch):

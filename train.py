@@ -158,9 +158,9 @@ def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
     return [adamw, *muon]
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matmul on this device, the best of those that a fifth of a second allows."""
-    n, times = 8192 if device.type == "cuda" else 1024, []
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+    """FLOP/s of a matmul of n x n (None: large) on this device, the best that a fifth of a second allows."""
+    n, times = n or (8192 if device.type == "cuda" else 1024), []
     a = torch.ones(n, n, device=device, dtype=dtype)
     while sum(times[1:]) < 0.2:  # the first one warms up
         start = time.perf_counter()

@@ -95,14 +95,11 @@ class Bench:
             convert.write(self.folder / f"{dtype}.gguf", model, tokenizer, template, dtype)
 
     def measure_limits(self):
-        self.peak = {dtype: max(self.matmul_rate(n, dtype) for n in (1024, 2048, 4096, 8192)[
-            2 * (self.device.type == "cuda"):]) for dtype in ("float32", "bfloat16")}  # FLOP/s
+        sizes = (4096, 8192) if self.device.type == "cuda" else (1024, 2048, 4096)
+        self.peak = {dtype: max(train.matmul_peak(self.device, getattr(torch, dtype), n) for n in sizes)
+                     for dtype in ("float32", "bfloat16")}  # FLOP/s
         numbers = torch.ones(2**28, device=self.device)
         self.bandwidth = numbers.nbytes / min(self.seconds(numbers.sum) for _ in range(9))  # bytes/s
-
-    def matmul_rate(self, n: int, dtype: str) -> float:
-        a = torch.ones(n, n, device=self.device, dtype=getattr(torch, dtype))
-        return 2 * n**3 / min(self.seconds(lambda: a @ a.T) for _ in range(5))
 
     def ours(self, dtype: str) -> SmolLM:
         return SmolLM.from_pretrained(self.folder / "hf", self.device, getattr(torch, dtype)).eval()
@@ -202,8 +199,8 @@ def training(bench: Bench) -> list[Line]:
     contenders = {}
     for name, dtype, compiled in (("bf16", "bfloat16", False), ("bf16, compiled", "bfloat16", True)):
         contenders[name] = training_step(bench.ours("float32"), dtype, x, y, compiled)
-        theirs = AsOurs(bench.transformers("float32"))
-        contenders[f"transformers, {name}"] = training_step(theirs, dtype, x, y, compiled)
+        hf = AsOurs(bench.transformers("float32"))
+        contenders[f"transformers, {name}"] = training_step(hf, dtype, x, y, compiled)
     contenders["float32, as nanoGPT on a CPU"] = training_step(bench.ours("float32"), "float32", x, y, False)
     first, second = ([step().item() for step in contenders.values()] for _ in range(2))
     for losses in (first, second[:4]):  # the second is after a step, in which float32 rounds otherwise
@@ -274,8 +271,8 @@ def prefill_in(bench: Bench, dtype: str, targets: list) -> list[Line]:
         dtype: lambda: model(ids, cache=KVCache(model.config, 1, 1024, ids.device, getattr(torch, dtype)))[0],
         f"transformers, {dtype}": lambda: hf(ids, use_cache=True, logits_to_keep=1).logits,
         f"llama.cpp, {dtype}": lambda: llama.complete(ids.tolist(), 1)[0]["timings"]["prompt_ms"] / 1e3}
-    ours, theirs, _ = contenders.values()
-    agree(ours(), theirs(), dtype)
+    by_us, by_hf, _ = contenders.values()
+    agree(by_us(), by_hf(), dtype)
     times = bench.race(contenders)
     head = 2 * model.config.vocab_size * model.config.hidden_size  # of the last token only
     flops = (model.flops_per_token(1024) / 3 * 1024 - 1023 * head) / bench.peak[dtype]
