@@ -32,7 +32,7 @@ from tools.checkpoint import lock_folder, previous_of, save_checkpoint, use_newe
 from tools.muon import Muon
 from tools.plot import plot
 from tools.prepare import WINDOW, end_of_text, prepare_data
-from tools.script import one_line_errors, pick_device
+from tools.script import matmul_peak, one_line_errors, pick_device, pick_dtype
 
 # ---- Options: the comments are their help
 
@@ -158,17 +158,6 @@ def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
     return [adamw, *muon]
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
-    """FLOP/s of a matmul of n x n (None: large) on this device, the best that a fifth of a second allows."""
-    n, times = n or (8192 if device.type == "cuda" else 1024), []
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    while sum(times[1:]) < 0.2:  # the first one warms up
-        start = time.perf_counter()
-        (a @ a.T)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
-
-
 def over_ranks(x: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
     """x, of each of torchrun's processes, reduced to one."""
     if dist.is_initialized():
@@ -274,7 +263,7 @@ if __name__ == "__main__":
     names = names if o.dtype == "auto" else [o.dtype]
     peak = {name: matmul_peak(device, getattr(torch, name)) for name in names}
     if o.dtype == "auto":
-        o.dtype = next((name for name in names[1:] if peak[name] > 1.5 * peak["float32"]), "float32")
+        o.dtype = pick_dtype(peak)
         o.dtype = names[int(over_ranks(torch.tensor(names.index(o.dtype), device=device), dist.ReduceOp.MIN))]
     autocast = nullcontext() if o.dtype == "float32" else torch.autocast(device.type, getattr(torch, o.dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=o.dtype == "float16")  # else small gradients are zero

@@ -1,10 +1,19 @@
-"""llama.cpp, by its Python package, from token ids to token ids: tests and bench/peers.py compare with it."""
+"""llama.cpp, by its Python package: tests and bench/peers.py compare with it.
+
+    python bench/llama_cpp.py my-model.gguf "def __init__(self"      # continues the prompt, greedy
+"""
 
 import json
+import sys
 import urllib.request
 from pathlib import Path
 
+import tyro
 import xllamacpp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from smollm import InputError
+from tools.script import one_line_errors
 
 
 class LlamaCpp:
@@ -35,3 +44,19 @@ class LlamaCpp:
     def generate(self, ids: list[int], count: int) -> list[int]:
         """Up to count tokens; it ends with the end of the text."""
         return self.complete([ids], count)[0]["tokens"]
+
+
+def main(model: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str], max_new_tokens: int = 64):
+    if not model.is_file():
+        raise InputError(f"{model} is no file: tools/convert.py makes one")
+    try:
+        llama = LlamaCpp(model)
+    except RuntimeError:  # it has told why on stderr
+        raise InputError(f"llama.cpp can't read {model}: make it anew with tools/convert.py") from None
+    answer = llama.post("/completion", prompt=prompt, n_predict=max_new_tokens, temperature=0)
+    print(prompt + answer["content"])
+
+
+if __name__ == "__main__":
+    sys.excepthook = one_line_errors
+    tyro.cli(main, description=__doc__, use_underscores=True)

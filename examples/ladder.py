@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from smollm import PRESETS, Config, InputError, SmolLM
 from tools.prepare import WINDOW, prepare_data
-from tools.script import one_line_errors, pick_device
+from tools.script import matmul_peak, one_line_errors, pick_device, pick_dtype
 from train import get_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ DROPOUT, POSITIONS = 0.1, 1024  # those of GPT-2
 @dataclass
 class Options:
     full: bool = False  # train the 135M model's size, not nano's
-    steps: int = 100
+    steps: int = 60
     batch_size: int = 16  # sequences
     block_size: int = 128  # tokens of each
     learning_rate: float = 3e-3
@@ -147,17 +147,17 @@ def kv_bytes(model: SmolLM) -> int:
 # ---- Training
 
 
-def train(model: SmolLM, batches: list, val_batches: list, o: Options) -> tuple[list, float]:
+def train(model: SmolLM, batches: list, val_batches: list, o: Options, autocast) -> tuple[list, float]:
     """Validation losses [(tokens read, loss), ...] and tokens/s."""
     optimizer = torch.optim.AdamW(model.parameters(), o.learning_rate, (0.9, 0.95), fused=True)
     warmup = max(1, o.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 1 - step / o.steps))  # linear, up and down
-    curve, seconds = [(0, evaluate(model, val_batches))], 0.0
+    curve, seconds = [(0, evaluate(model, val_batches, autocast))], 0.0
     for step, (x, y) in enumerate(tqdm(batches, leave=False, disable=None), 1):
         start = time.perf_counter()
         model.train()
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with autocast:
             _, loss = model(x, targets=y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # waits for the device
@@ -166,14 +166,14 @@ def train(model: SmolLM, batches: list, val_batches: list, o: Options) -> tuple[
         schedule.step()
         seconds += time.perf_counter() - start
         if step % max(1, o.steps // 10) == 0 or step == o.steps:
-            curve.append((step * x.numel(), evaluate(model, val_batches)))
+            curve.append((step * x.numel(), evaluate(model, val_batches, autocast)))
     return curve, curve[-1][0] / seconds
 
 
 @torch.no_grad()
-def evaluate(model: SmolLM, batches: list) -> float:
+def evaluate(model: SmolLM, batches: list, autocast) -> float:
     model.eval()
-    with torch.autocast(batches[0][0].device.type, torch.bfloat16):
+    with autocast:
         return float(np.mean([model(x, targets=y)[1].item() for x, y in batches]))
 
 
@@ -185,6 +185,8 @@ def climb(o: Options) -> dict[str, list]:
             raise InputError(f"{name} is {getattr(o, name)}, it must be at least 1 and at most {limit}")
     if not o.seeds:
         raise InputError("seeds is empty: name at least one")
+    peak = {name: matmul_peak(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(peak) == "bfloat16")
     windows = math.ceil(o.steps * o.batch_size * o.block_size / WINDOW)
     folder, meta, _ = prepare_data(o.dataset, None, "text", None, config.vocab_size, windows)
     text = {part: np.memmap(folder / f"{part}.bin", meta["dtype"], "r") for part in ("train", "val")}
@@ -195,7 +197,7 @@ def climb(o: Options) -> dict[str, list]:
                           config.vocab_size, device) for i in range(count)]
 
     blocks = {part: (len(tokens) - 1) // o.block_size for part, tokens in text.items()}
-    val_batches = batches("val", np.arange(blocks["val"]), 10)
+    val_batches = batches("val", np.arange(blocks["val"]), 5)
     for seed in o.seeds:
         for rung in reversed(range(len(LADDER))):
             torch.manual_seed(seed)
@@ -203,7 +205,8 @@ def climb(o: Options) -> dict[str, list]:
             init_weights(model)
             order = np.random.default_rng(seed).permutation(blocks["train"])
             runs = results.setdefault(LADDER[rung][0], [])
-            runs.append(train(model.to(device), batches("train", order, o.steps), val_batches, o))
+            runs.append(train(model.to(device), batches("train", order, o.steps), val_batches, o,
+                              autocast))
             print(f"{LADDER[rung][0]}, seed {seed}: {runs[-1][0][-1][1]:.4f}", file=sys.stderr, flush=True)
     return results
 

@@ -1,6 +1,7 @@
 """What the scripts have in common."""
 
 import sys
+import time
 
 import torch
 
@@ -24,3 +25,19 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} can't be used here: {first_line(error)}") from None
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+    """FLOP/s of a matmul of n x n (None: large) on this device, the best that a fifth of a second allows."""
+    n, times = n or (8192 if device.type == "cuda" else 1024), []
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    while sum(times[1:]) < 0.2:  # the first one warms up
+        start = time.perf_counter()
+        (a @ a.T)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+def pick_dtype(peak: dict[str, float]) -> str:
+    """The first of these types, by their matmul_peak, that is 1.5 times as fast as float32; else float32."""
+    return next((name for name in peak if peak[name] > 1.5 * peak["float32"]), "float32")
