@@ -338,9 +338,9 @@ def test_accumulated_gradients_equal_those_of_one_batch(ignored):
         y[torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) < ignored] = -100
     whole, parts = make(TINY), make(TINY)
     unscaled = torch.amp.GradScaler("cpu", enabled=False)
-    loss = train.accumulate(whole, [(x, y)], nullcontext(), unscaled)
+    loss = train.accumulate(train.Loss(whole), [(x, y)], nullcontext(), unscaled)
     pieces = [(x[i:i + 2], y[i:i + 2]) for i in (0, 2, 4)]
-    accumulated = train.accumulate(parts, pieces, nullcontext(), unscaled)
+    accumulated = train.accumulate(train.Loss(parts), pieces, nullcontext(), unscaled)
     torch.testing.assert_close(accumulated, loss, rtol=1e-6, atol=0)
     expected = torch.nn.functional.cross_entropy(make(TINY)(x)[0].flatten(0, 1), y.flatten())
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
@@ -1230,7 +1230,8 @@ x, y, config, weights = torch.load("given.pt")
 rank, model = distributed.get_rank(), SmolLM(Config(**config))
 model.load_state_dict(weights)
 batches = [(x[i:i + 2], y[i:i + 2]) for i in (4 * rank, 4 * rank + 2)]
-ddp, scaler = torch.nn.parallel.DistributedDataParallel(model), torch.amp.GradScaler("cpu", enabled=False)
+ddp = torch.nn.parallel.DistributedDataParallel(train.Loss(model))
+scaler = torch.amp.GradScaler("cpu", enabled=False)
 ddp.register_comm_hook(None, counted)
 loss = train.accumulate(ddp, batches, nullcontext(), scaler)
 assert len(calls) == 1  # the ranks meet once, after the last micro-batch

@@ -165,14 +165,24 @@ def over_ranks(x: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
     return x
 
 
-def accumulate(model, batches: list, autocast, scaler) -> torch.Tensor:
+class Loss(torch.nn.Module):
+    """A model's loss without its logits, whose memory the backward pass can then use."""
+    def __init__(self, model: SmolLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        return self.model(x, targets=y)[1]
+
+
+def accumulate(loss_of, batches: list, autocast, scaler) -> torch.Tensor:
     """Add up the gradients of batches [(x, y), ...] to that of one batch: of the mean loss over all targets
     that are not -100, of all ranks, which meet once, after the last. Returns this mean, on the device."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     valid, total = over_ranks(sum((y != -100).sum() for _, y in batches)), 0.0
     for i, (x, y) in enumerate(batches):
-        with autocast, nullcontext() if world_size == 1 or i == len(batches) - 1 else model.no_sync():
-            _, loss = model(x, targets=y)
+        with autocast, nullcontext() if world_size == 1 or i == len(batches) - 1 else loss_of.no_sync():
+            loss = loss_of(x, y)
         loss = loss * ((y != -100).sum() / valid)
         scaler.scale(loss * world_size).backward()  # DDP takes the mean over ranks
         total += loss.detach()
@@ -180,12 +190,12 @@ def accumulate(model, batches: list, autocast, scaler) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model, batches: list, autocast) -> float:
+def evaluate(loss_of, batches: list, autocast) -> float:
     """Mean loss in nats per token."""
     losses, sizes = [], [y.numel() for _, y in batches]
     for x, y in tqdm(batches, desc="evaluating", leave=False, disable=None):
         with autocast:
-            losses.append(model(x, targets=y)[1].item())
+            losses.append(loss_of(x, y).item())
     return float(np.average(losses, weights=sizes))
 
 
@@ -318,8 +328,8 @@ if __name__ == "__main__":
     optimizers = make_optimizers(model, o)
     compiles = o.compile or (o.compile is None and device.type == "cuda")
     torch.use_deterministic_algorithms(compiles and device.type == "cpu")  # it would add up in any order
-    forward = torch.compile(model, dynamic=False) if compiles else model  # a shape's graph knows no other's
-    ddp = DistributedDataParallel(forward) if world_size > 1 else forward
+    loss_of = torch.compile(Loss(model), dynamic=False) if compiles else Loss(model)  # a graph for each shape
+    ddp = DistributedDataParallel(loss_of) if world_size > 1 else loss_of
     tokens_per_step = step_size * o.block_size
     print(f"model: {model.num_parameters():,} parameters; a step is {o.gradient_accumulation_steps} x "
           f"{o.batch_size} sequences of {o.block_size}, {tokens_per_step:,} tokens")
@@ -371,7 +381,7 @@ if __name__ == "__main__":
                 raise InputError(f"after step {step} not all weights are finite: lower the learning_rate; "
                                  "the last checkpoint is as it was")
             if not stop:
-                val_loss = evaluate(forward, val_batches, autocast)
+                val_loss = evaluate(loss_of, val_batches, autocast)
                 perplexity = math.exp(min(val_loss, 99))
                 bits_per_byte = val_loss / math.log(2) * read[0]["val"] / read[0]["val_bytes"]
                 log(step, val_loss=val_loss, perplexity=perplexity, bits_per_byte=bits_per_byte)

@@ -6,6 +6,7 @@
 import json
 import sys
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -46,17 +47,21 @@ class LlamaCpp:
         return self.complete([ids], count)[0]["tokens"]
 
 
-def main(model: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str], max_new_tokens: int = 64):
-    if not model.is_file():
-        raise InputError(f"{model} is no file: tools/convert.py makes one")
-    try:
-        llama = LlamaCpp(model)
-    except RuntimeError:  # it has told why on stderr
-        raise InputError(f"llama.cpp can't read {model}: make it anew with tools/convert.py") from None
-    answer = llama.post("/completion", prompt=prompt, n_predict=max_new_tokens, temperature=0)
-    print(prompt + answer["content"])
+@dataclass
+class Options:
+    model: tyro.conf.Positional[Path]  # a GGUF file
+    prompt: tyro.conf.Positional[str]
+    max_new_tokens: int = 64
 
 
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
-    tyro.cli(main, description=__doc__, use_underscores=True)
+    o = tyro.cli(Options, description=__doc__, use_underscores=True)
+    if not o.model.is_file():
+        raise InputError(f"{o.model} is no file: tools/convert.py makes one")
+    try:
+        llama = LlamaCpp(o.model)
+    except RuntimeError:  # it has told why on stderr
+        raise InputError(f"llama.cpp can't read {o.model}: make it anew with tools/convert.py") from None
+    answer = llama.post("/completion", prompt=o.prompt, n_predict=o.max_new_tokens, temperature=0)
+    print(o.prompt + answer["content"])

@@ -169,27 +169,28 @@ def compare(work: str, times: dict, ours: str, peer: str, amount: float, unit: s
 # ---- Training
 
 
-class AsOurs(nn.Module):
-    """transformers' model, called as ours is."""
+class TheirLoss(nn.Module):
+    """The loss of transformers' model, as train.Loss is that of ours."""
     def __init__(self, hf):
         super().__init__()
         self.hf = hf
 
-    def forward(self, x, targets):
-        return None, self.hf(input_ids=x, labels=targets, shift_labels=targets, use_cache=False).loss
+    def forward(self, x, y):
+        return self.hf(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
 
 
 def training_step(model, dtype: str, x, y, compiled: bool) -> Callable:
     """One step of train.py: forward, backward, clipping, AdamW. Ours is deterministic where train.py's is."""
+    loss_of = train.Loss(model) if isinstance(model, SmolLM) else TheirLoss(model)
     autocast = nullcontext() if dtype == "float32" else torch.autocast(x.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(x.device.type, enabled=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    loss_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     deterministic = compiled and x.device.type == "cpu" and isinstance(model, SmolLM)
 
     def step():
         torch.use_deterministic_algorithms(deterministic)
-        loss = train.accumulate(forward, [(x, y)], autocast, scaler)
+        loss = train.accumulate(loss_of, [(x, y)], autocast, scaler)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -210,7 +211,7 @@ def training(bench: Bench) -> list[Line]:
     contenders = {}
     for name, compiles in ((bench.dtype, False), (f"{bench.dtype}, compiled", True)):
         contenders[name] = training_step(bench.ours("float32"), bench.dtype, x, y, compiles)
-        hf = AsOurs(bench.transformers("float32"))
+        hf = bench.transformers("float32")
         contenders[f"transformers, {name}"] = training_step(hf, bench.dtype, x, y, compiles)
     eager, their_eager, compiled, their_compiled = contenders
     pairs = [(compiled, their_compiled, (1.1, 1.3)), (eager, their_eager, (1.2, 1.4))]
@@ -237,7 +238,7 @@ def peak_memory(ours: bool, o: Options, folder: Path, dtype: str) -> float:
     """Bytes that a compiled training step takes in a process of its own, beyond what it begins with."""
     bench = Bench(o, folder)
     before = resident()
-    model = bench.ours("float32") if ours else AsOurs(bench.transformers("float32"))
+    model = bench.ours("float32") if ours else bench.transformers("float32")
     step = training_step(model, dtype, *training_batch(bench), True)
     step()  # compiles
     if bench.device.type == "cuda":
@@ -441,7 +442,7 @@ def context_of(bench: Bench, T: int) -> list[Line]:
                               peer: lambda: theirs_clocked(hf, x, 17)})
     steps = bench.race({
         ours: training_step(bench.ours("float32"), bench.dtype, x, y, False),
-        peer: training_step(AsOurs(bench.transformers("float32")), bench.dtype, x, y, False)})
+        peer: training_step(bench.transformers("float32"), bench.dtype, x, y, False)})
     return [compare(f"prefill of {T:,}", prefills, *prefills, T),
             compare(f"decode 16 after {T:,}", decodes, *decodes, 16),
             compare(f"training step, 1 x {T:,}", steps, *steps, T)]
@@ -451,8 +452,8 @@ WHY = {  # where a row misses what it must reach: the reason, and what was tried
     "training": """Both sides run the same matmuls and the same attention kernel, which take nearly all
         of a step, and what is left is fused alike. No faster were: F.rms_norm in place of our own, RoPE
         for q and k at once, and attention written out for pieces of the queries, forward and backward.""",
-    "memory": """Weights, gradients, AdamW's moments, the logits and what the blocks save for the
-        backward pass are the same on both sides.""",
+    "memory": """Weights, gradients, moments, logits and what the blocks save for the backward pass
+        are the same on both sides. train.Loss keeps the logits from being held twice.""",
     "prefill": """It takes the same matmuls and the same attention kernel as with transformers. No faster
         were: F.rms_norm, RoPE for q and k at once, and feeding the prompt in pieces. Attention written
         out for pieces of the queries won a tenth in bfloat16 on one machine, and would be a second path
@@ -476,6 +477,14 @@ def machine(bench: Bench) -> str:
             f"memory was read at {bench.bandwidth / 1e9:.0f} GB/s.")
 
 
+def write_results(bench: Bench, lines: list[Line], notes: list[str]):
+    if notes:
+        notes = ["", "Why rows miss what they must reach, and what was tried:", "", *notes]
+    text = ["# Side by side", "", f"Written by `python bench/peers.py` on {machine(bench)}", "", HEADER,
+            *map(str, lines), *notes, ""]
+    (ROOT / "bench" / "RESULTS.md").write_text("\n".join(text))
+
+
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
     o = tyro.cli(Options, description=__doc__, use_underscores=True)
@@ -487,16 +496,14 @@ if __name__ == "__main__":
         bench = Bench(o, Path(folder))
         bench.write_weights()
         bench.measure_limits()
-        lines, notes = [], ["", "Why rows miss what they must reach, and what was tried:", ""]
         print(machine(bench), HEADER, sep="\n\n", flush=True)
+        lines, notes = [], []
         for name in o.rows:
             lines += (new := ROWS[name](bench))
             print(*new, sep="\n", flush=True)
             if any(line.missed for line in new):
                 notes.append(f"- {name}: {' '.join(WHY[name].split())}")
+            if o.rows == list(ROWS):  # as far as it has come
+                write_results(bench, lines, notes)
             gc.collect()
             torch._dynamo.reset()
-    if o.rows == list(ROWS):
-        text = ["# Side by side", "", f"Written by `python bench/peers.py` on {machine(bench)}", "", HEADER]
-        text += [*map(str, lines), *(notes if len(notes) > 3 else []), ""]
-        (ROOT / "bench" / "RESULTS.md").write_text("\n".join(text))
