@@ -49,7 +49,7 @@ class LlamaCpp:
 
 @dataclass
 class Options:
-    model: tyro.conf.Positional[Path]  # a GGUF file
+    gguf: tyro.conf.Positional[Path]  # the file
     prompt: tyro.conf.Positional[str]
     max_new_tokens: int = 64
 
@@ -57,11 +57,11 @@ class Options:
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
     o = tyro.cli(Options, description=__doc__, use_underscores=True)
-    if not o.model.is_file():
-        raise InputError(f"{o.model} is no file: tools/convert.py makes one")
+    if not o.gguf.is_file():
+        raise InputError(f"{o.gguf} is no file: tools/convert.py makes one")
     try:
-        llama = LlamaCpp(o.model)
+        llama = LlamaCpp(o.gguf)
     except RuntimeError:  # it has told why on stderr
-        raise InputError(f"llama.cpp can't read {o.model}: make it anew with tools/convert.py") from None
+        raise InputError(f"llama.cpp can't read {o.gguf}: make it anew with tools/convert.py") from None
     answer = llama.post("/completion", prompt=o.prompt, n_predict=o.max_new_tokens, temperature=0)
     print(o.prompt + answer["content"])

@@ -181,12 +181,13 @@ class TheirLoss(nn.Module):
 
 def training_step(model, dtype: str, x, y, compiled: bool) -> Callable:
     """One step of train.py: forward, backward, clipping, AdamW. Ours is deterministic where train.py's is."""
-    loss_of = train.Loss(model) if isinstance(model, SmolLM) else TheirLoss(model)
+    ours = isinstance(model, SmolLM)
+    loss_of = train.Loss(model) if ours else TheirLoss(model)
     autocast = nullcontext() if dtype == "float32" else torch.autocast(x.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(x.device.type, enabled=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     loss_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    deterministic = compiled and x.device.type == "cpu" and isinstance(model, SmolLM)
+    deterministic = compiled and x.device.type == "cpu" and ours
 
     def step():
         torch.use_deterministic_algorithms(deterministic)
@@ -296,8 +297,9 @@ def prefill_in(bench: Bench, dtype: str, targets: list) -> list[Line]:
     head = 2 * model.config.vocab_size * model.config.hidden_size  # of the last token only
     flops = (model.flops_per_token(1024) / 3 * 1024 - 1023 * head) / bench.peak[dtype]
     share = f"{flops / median(times[dtype]):.0%} of the matmul peak"
+    peers = list(times)[1:]
     return [compare("prefill of 1,024", times, dtype, peer, 1024, share=share, targets=target)
-            for peer, target in zip(list(times)[1:], targets, strict=False)]
+            for peer, target in zip(peers, targets[:len(peers)], strict=True)]
 
 
 class Clock:
@@ -477,14 +479,6 @@ def machine(bench: Bench) -> str:
             f"memory was read at {bench.bandwidth / 1e9:.0f} GB/s.")
 
 
-def write_results(bench: Bench, lines: list[Line], notes: list[str]):
-    if notes:
-        notes = ["", "Why rows miss what they must reach, and what was tried:", "", *notes]
-    text = ["# Side by side", "", f"Written by `python bench/peers.py` on {machine(bench)}", "", HEADER,
-            *map(str, lines), *notes, ""]
-    (ROOT / "bench" / "RESULTS.md").write_text("\n".join(text))
-
-
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
     o = tyro.cli(Options, description=__doc__, use_underscores=True)
@@ -503,7 +497,11 @@ if __name__ == "__main__":
             print(*new, sep="\n", flush=True)
             if any(line.missed for line in new):
                 notes.append(f"- {name}: {' '.join(WHY[name].split())}")
-            if o.rows == list(ROWS):  # as far as it has come
-                write_results(bench, lines, notes)
             gc.collect()
             torch._dynamo.reset()
+    if o.rows == list(ROWS):
+        if notes:
+            notes = ["", "Why rows miss what they must reach, and what was tried:", "", *notes]
+        text = ["# Side by side", "", f"Written by `python bench/peers.py` on {machine(bench)}", "", HEADER,
+                *map(str, lines), *notes, ""]
+        (ROOT / "bench" / "RESULTS.md").write_text("\n".join(text))

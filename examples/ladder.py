@@ -158,7 +158,7 @@ def train(model: SmolLM, batches: list, val_batches: list, o: Options, autocast)
         start = time.perf_counter()
         model.train()
         with autocast:
-            _, loss = model(x, targets=y)
+            loss = model(x, targets=y)[1]  # the logits are free to go
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # waits for the device
         optimizer.step()
