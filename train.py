@@ -32,7 +32,7 @@ from tools.checkpoint import lock_folder, previous_of, save_checkpoint, use_newe
 from tools.muon import Muon
 from tools.plot import plot
 from tools.prepare import WINDOW, end_of_text, prepare_data
-from tools.script import matmul_peak, one_line_errors, pick_device, pick_dtype
+from tools.script import keep_freed_memory, matmul_peak, one_line_errors, pick_device, pick_dtype
 
 # ---- Options: the comments are their help
 
@@ -323,6 +323,7 @@ if __name__ == "__main__":
     print(f"data: {folder}, {num_blocks * o.block_size:,} tokens to train on, {len(val_tokens):,} held out")
 
     # Optimizers
+    keep_freed_memory()
     if o.init_from == "scratch":
         config.bos_token_id = config.eos_token_id = end_of_text(tokenizer)
     optimizers = make_optimizers(model, o)
