@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import resource
@@ -59,6 +60,7 @@ from tools.checkpoint import save_checkpoint
 from tools.decode import compile_decode
 from tools.muon import Muon, orthogonalize
 from tools.plot import read_curve
+from tools.script import pick_dtype
 
 ROOT = Path(__file__).parent
 os.environ["COLUMNS"] = "200"  # for the messages of the command-line library
@@ -418,6 +420,33 @@ def test_flops_are_those_of_the_matmuls():
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     attention = 6 * TINY.num_hidden_layers * TINY.hidden_size * T
     assert model.flops_per_token(T) - attention == 3 * counted / T
+
+
+@pytest.mark.parametrize(("peak", "expected"), [
+    ({"float32": 2, "bfloat16": 3, "float16": 3}, "float32"), ({"float32": 2, "bfloat16": 4}, "bfloat16"),
+    ({"float32": 2, "bfloat16": 1, "float16": 4}, "float16")])
+def test_precision_is_of_16_bits_where_that_is_much_faster(peak, expected):
+    assert pick_dtype(peak) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is an option of glibc")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_step_takes_no_new_pages_if_freed_memory_is_kept(keep):
+    code = f"""
+import resource, torch, train
+from smollm import PRESETS, SmolLM
+from tools.script import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+loss_of = train.Loss(SmolLM(PRESETS["nano"]))
+ids = torch.randint(4096, (16, 256))  # the logits take 67 MB, of which the backward pass makes others
+for step in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    loss_of(ids, ids).backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    pages = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert (int(pages[-1]) + int(pages[-2]) < 16384) == keep, pages  # 67 MB
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [  # step: share of the peak

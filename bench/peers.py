@@ -470,7 +470,7 @@ def context_of(bench: Bench, T: int) -> list[Line]:
 WHY = {  # where a row misses what it must reach: the reason, and what was tried
     "training": """Both sides run the same matmuls and the same attention kernel, which take nearly all
         of a step, and compiled, what is left is fused alike. Keeping freed memory in the process
-        (tools/script.py) won a seventh. No faster were: F.rms_norm in place of our own, RoPE
+        (tools/script.py) made it faster. No faster were: huge pages, F.rms_norm in place of our own, RoPE
         for q and k at once, and attention written out for pieces of the queries, forward and backward.""",
     "memory": """Weights, gradients, moments, logits and what the blocks save for the backward pass
         are the same on both sides. train.Loss keeps the logits from being held twice.""",
@@ -482,7 +482,8 @@ WHY = {  # where a row misses what it must reach: the reason, and what was tried
         library call as with transformers, but for oneDNN's in bfloat16, which generate avoids where it
         is slow. Compiled, it is a sum of products, for which inductor widens bfloat16 to float32, and so
         reads fewer bytes a second than in float32 (see the shares), where llama.cpp has a kernel for
-        each processor. No faster was the attention of one query as sums of products.""",
+        each processor. Attention in float32 and x widened first
+        made it faster, the attention of one query as sums of products did not.""",
 }
 ROWS = {row.__name__: row for row in (training, memory, prefill, decode, start, context)}
 

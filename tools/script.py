@@ -42,7 +42,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) 
 
 def keep_freed_memory():
     """From now on this process keeps what it frees, under glibc, which else gives large tensors back to the
-    kernel at once: to get them anew, page by page, took a seventh of a training step on two cores."""
+    kernel at once: to get them anew, page by page, slows down training on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself,
