@@ -323,10 +323,10 @@ if __name__ == "__main__":
     print(f"data: {folder}, {num_blocks * o.block_size:,} tokens to train on, {len(val_tokens):,} held out")
 
     # Optimizers
-    keep_freed_memory()
     if o.init_from == "scratch":
         config.bos_token_id = config.eos_token_id = end_of_text(tokenizer)
     optimizers = make_optimizers(model, o)
+    keep_freed_memory()
     compiles = o.compile or (o.compile is None and device.type == "cuda")
     torch.use_deterministic_algorithms(compiles and device.type == "cpu")  # it would add up in any order
     loss_of = torch.compile(Loss(model), dynamic=False) if compiles else Loss(model)  # a graph for each shape

@@ -482,8 +482,8 @@ WHY = {  # where a row misses what it must reach: the reason, and what was tried
         library call as with transformers, but for oneDNN's in bfloat16, which generate avoids where it
         is slow. Compiled, it is a sum of products, for which inductor widens bfloat16 to float32, and so
         reads fewer bytes a second than in float32 (see the shares), where llama.cpp has a kernel for
-        each processor. Attention in float32 and x widened first
-        made it faster, the attention of one query as sums of products did not.""",
+        each processor. It became faster by taking attention in float32, too, and not by writing the
+        attention of one query as sums of products.""",
 }
 ROWS = {row.__name__: row for row in (training, memory, prefill, decode, start, context)}
 

@@ -7,14 +7,14 @@ from torch.overrides import TorchFunctionMode
 
 class SumProducts(TorchFunctionMode):
     """Inside, F.linear of a single row is a sum of products: compiled for a CPU, this reads the weight twice
-    as fast as a matmul does. The sums and attention are taken in float32, in which most CPUs are at home."""
+    as fast as a matmul does. The sums, and attention, are taken in float32, which any CPU is good at."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear and args[0].numel() == args[0].size(-1) and args[2:] in ((), (None,)):
             x, weight = args[:2]  # (1, 1, C), (C_out, C)
             return (x.flatten().float() * weight).sum(-1).view(*x.shape[:-1], -1).to(x.dtype)
         if function is F.scaled_dot_product_attention:
-            q, k, v = (x.float() for x in args[:3])
-            return function(q, k, v, *args[3:], **kwargs).to(args[0].dtype)
+            q, k, v = args[:3]
+            return function(q.float(), k.float(), v.float(), *args[3:], **kwargs or {}).to(q.dtype)
         return function(*args, **kwargs or {})
 
 
