@@ -204,10 +204,11 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        # is_causal lines up the first query with the first key: right only while the cache is empty. After
-        # that there is a mask, or a single query that sees every key.
+            if T == 1:  # query heads that share a key head go as so many queries of it: each key is read once
+                q = q.view(B, k.size(1), -1, self.head_dim)
+        # is_causal lines up the first query with the first key: right for an empty cache; later is a mask.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, C))
 
 
 class SwiGLU(nn.Module):
@@ -322,16 +323,15 @@ class SmolLM(nn.Module):
 
         It ends after max_new_tokens, or when every row has met eos_id; a row that has goes on as eos_id. The
         same state of generator gives the same tokens. With a cache, input_ids go on from what it holds; at
-        the end it has all but the last column. decode is next_logits, compiled, for the single tokens, and a
-        cache has to be static then. InputError, at the first column, if a value is out of range.
+        the end it has all but the last column. decode is next_logits, compiled, for single tokens: a cache is
+        static then, of few sizes for few graphs. InputError, at the first column, if a value is out of range.
         """
         (B, T), weight = input_ids.shape, self.model.embed_tokens.weight
         limit = self.config.max_position_embeddings - (cache.length if cache else 0)
         if not 0 < T <= limit - max_new_tokens:
             raise InputError(f"a prompt of {T} tokens (at least 1) and {max_new_tokens} new ones must fit in "
                              f"the model's context of {limit}: shorten it or ask for fewer new ones")
-        length = T + max_new_tokens
-        length = 2**max(8, (length - 1).bit_length()) if decode else length  # few sizes, and few graphs
+        length = 2**max(8, (T + max_new_tokens - 1).bit_length()) if decode else T + max_new_tokens
         cache = cache or KVCache(self.config, B, length, weight.device, weight.dtype, static=bool(decode))
         done = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
         onednn = torch.backends.mkldnn.enabled
