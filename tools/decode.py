@@ -5,13 +5,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-class SumProducts(TorchFunctionMode):
-    """Inside, F.linear of a single row is a sum of products: compiled for a CPU, this reads the weight twice
-    as fast as a matmul does. The sums, and attention, are taken in float32, which any CPU is good at."""
+class FewRows(TorchFunctionMode):
+    """Inside, F.linear is fast for few rows on a CPU. For one row it is a sum of products: compiled, it reads
+    the weight twice as fast as a matmul does. For several, the weight is the left factor, which is faster
+    than the right one. The sums, and attention, are taken in float32, which any CPU is good at."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0].numel() == args[0].size(-1) and args[2:] in ((), (None,)):
-            x, weight = args[:2]  # (1, 1, C), (C_out, C)
-            return (x.flatten().float() * weight).sum(-1).view(*x.shape[:-1], -1).to(x.dtype)
+        if function is F.linear and args[2:] in ((), (None,)):
+            x, weight = args[0].flatten(0, -2), args[1]  # (B, C), (C_out, C); for the head, the reverse
+            if 1 in (len(x), len(weight)):
+                y = (x.float() * weight).sum(-1).to(x.dtype)
+            else:
+                y = (weight @ x.T).T if len(x) < len(weight) else x @ weight.T
+            return y.view(*args[0].shape[:-1], -1)
         if function is F.scaled_dot_product_attention:
             q, k, v = args[:3]
             return function(q.float(), k.float(), v.float(), *args[3:], **kwargs or {}).to(q.dtype)
@@ -22,7 +27,7 @@ def compile_decode(model):
     """`model.next_logits` of single tokens, compiled: the `decode` of `model.generate`. On a GPU it is a
     captured graph."""
     def next_logits(input_ids, mask, cache):
-        with SumProducts():
+        with FewRows():
             return model.next_logits(input_ids, mask, cache)
 
     if not model.model.norm.weight.is_cuda:
