@@ -206,7 +206,7 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
             if T == 1:  # query heads that share a key head go as so many queries of it: each key is read once
                 q = q.view(B, k.size(1), -1, self.head_dim)
-        # is_causal lines up the first query with the first key: right for an empty cache; later is a mask.
+        # is_causal lines up first query and first key: for an empty cache alone; later is a mask, or T is 1.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
         return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, C))
 

@@ -11,11 +11,11 @@ class FewRows(TorchFunctionMode):
     than the right one. The sums, and attention, are taken in float32, which any CPU is good at."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear and args[2:] in ((), (None,)):
-            x, weight = args[0].flatten(0, -2), args[1]  # (B, C), (C_out, C); for the head, the reverse
+            x, weight = args[0].flatten(0, -2), args[1]  # (B, C), (C_out, C); next_logits has them reversed
             if 1 in (len(x), len(weight)):
                 y = (x.float() * weight).sum(-1).to(x.dtype)
             else:
-                y = (weight @ x.T).T if len(x) < len(weight) else x @ weight.T
+                y = function(weight, x).T if len(x) < len(weight) else function(x, weight)
             return y.view(*args[0].shape[:-1], -1)
         if function is F.scaled_dot_product_attention:
             q, k, v = args[:3]
