@@ -482,14 +482,15 @@ WHY = {  # where a row misses what it must reach: the reason, and what was tried
         RoPE for q and k at once, and feeding the prompt in pieces. Attention written
         out for pieces of the queries won a tenth in bfloat16 on one machine, and would be a second path
         through the model.""",
-    "decode": """A token takes as long as reading the weights. Eager, a row times a matrix is the same
-        library call as with transformers, but for oneDNN's in bfloat16, which generate avoids where it
+    "decode": """A token takes at least as long as reading the weights. Eager, a row times a matrix is the
+        same library call as with transformers, but for oneDNN's in bfloat16, which generate avoids where it
         is slow. Compiled, it is a sum of products, for which inductor widens bfloat16 to float32, and so
         reads fewer bytes a second than in float32 (see the shares), where llama.cpp has a kernel for
         each processor. It became faster by attending a token's query heads as queries of their key
         head and, compiled, by taking attention in float32, too; and with eight streams by having the weight
-        as the left factor, in the head and, compiled, everywhere. No faster were torch.mv and torch.bmm for a
-        row, and the attention of one query as sums of products.""",
+        as the left factor, in the head and, compiled, everywhere (eager, every layer would have to say so).
+        No faster were torch.mv and torch.bmm for a row, weights packed by oneDNN or MKL for eight, and the
+        attention of one query as sums of products.""",
 }
 ROWS = {row.__name__: row for row in (training, memory, prefill, decode, start, context)}
 
