@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -47,7 +47,6 @@ from tools.decode import compile_decode
 from tools.script import keep_freed_memory, matmul_peak, one_line_errors, pick_device, pick_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass
@@ -208,6 +207,15 @@ def training_batch(bench: Bench):
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+@contextmanager
+def own_process():
+    """A pool of one process, which then ends in order: to terminate it would leave its semaphores behind."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+        pool.close()
+        pool.join()
+
+
 def begin_training(ours: bool, dtype: str, compiled: bool, o: Options, folder: Path):
     """In a process of its own, for train.py sets the allocator."""
     global bench, step, before
@@ -238,7 +246,7 @@ def training(bench: Bench) -> list[Line]:
         if bench.dtype != "float32":
             settings[float32] = (True, "float32", False)
         with ExitStack() as stack:
-            pools = {name: stack.enter_context(SPAWN.Pool(1)) for name in settings}
+            pools = {name: stack.enter_context(own_process()) for name in settings}
             for name, setting in settings.items():
                 pools[name].apply(begin_training, (*setting, bench.o, bench.folder))
             first, second = ([pool.apply(step_loss) for pool in pools.values()] for _ in range(2))
@@ -276,7 +284,7 @@ def memory(bench: Bench) -> list[Line]:
     """Peak memory of the compiled training step."""
     peaks = {}
     for name, ours in (("this code", True), ("transformers", False)):
-        with SPAWN.Pool(1) as pool:
+        with own_process() as pool:
             pool.apply(begin_training, (ours, bench.dtype, True, bench.o, bench.folder))
             peaks[name] = pool.apply(peak_memory)
     ours, peer = peaks.values()
