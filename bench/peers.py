@@ -476,29 +476,30 @@ def context_of(bench: Bench, T: int) -> list[Line]:
 
 
 WHY = {  # where a row misses what it must reach: the reason, and what was tried
-    "training": """Both sides run the same matmuls and the same attention kernel, which take nearly all
-        of a step, and compiled, what is left is fused alike. Keeping freed memory in the process
-        (tools/script.py) made it faster. No faster were: huge pages, F.rms_norm in place of our own, RoPE
-        for q and k at once, and attention written out for pieces of the queries, forward and backward.""",
-    "memory": """Weights, gradients, moments, logits and what the blocks save for the backward pass
-        are the same on both sides. train.Loss keeps the logits from being held twice. Taking the loss for
-        pieces of 256 tokens, and its gradients along with it, took a seventh more memory and a sixth more
-        time.""",
-    "prefill": """It takes the same matmuls and the same attention kernel as with transformers. Where
-        a processor has no bfloat16, a matmul in it is a fraction of one in float32, which sample.py takes on
-        a CPU; llama.cpp, which widens it in kernels of its own, is ahead there. No faster were: F.rms_norm,
-        RoPE for q and k at once, and feeding the prompt in pieces. Attention written
-        out for pieces of the queries won a tenth in bfloat16 on one machine, and would be a second path
-        through the model.""",
+    "training": """Both sides run the same matmuls and the same attention kernel, which take nearly all of a
+        step, and compiled, what is left is fused alike. Keeping freed memory in the process
+        (tools/script.py), which only our side does, made it faster. No faster were: huge pages, F.rms_norm in
+        place of our own, RoPE for q and k at once, and attention written out for pieces of the queries,
+        forward and backward.""",
+    "memory": """Measured once a side. Weights, gradients, moments, logits and what the blocks save for the
+        backward pass are the same on both sides. train.Loss keeps the logits from being held twice. Taking
+        the loss for pieces of 256 tokens, and its gradients along with it, took a seventh more memory and a
+        sixth more time.""",
+    "prefill": """It takes the same matmuls and the same attention kernel as with transformers. Where a
+        processor has no bfloat16, a matmul in it is a fraction of one in float32, which sample.py takes on a
+        CPU; llama.cpp, which widens it in kernels of its own, is ahead there. No faster were: F.rms_norm,
+        RoPE for q and k at once, and feeding the prompt in pieces. Attention written out for pieces of the
+        queries won a tenth in bfloat16 on one machine, and would be a second path through the model.""",
     "decode": """A token takes at least as long as reading the weights. Eager, a row times a matrix is the
         same library call as with transformers, but for oneDNN's in bfloat16, which generate avoids where it
-        is slow. Compiled, it is a sum of products, for which inductor widens bfloat16 to float32, and so
-        reads fewer bytes a second than in float32 (see the shares), where llama.cpp has a kernel for
-        each processor. It became faster by attending a token's query heads as queries of their key
-        head and, compiled, by taking attention in float32, too; and with eight streams by having the weight
-        as the left factor, in the head and, compiled, everywhere (eager, every layer would have to say so).
-        No faster were torch.mv and torch.bmm for a row, weights packed by oneDNN or MKL for eight, and the
-        attention of one query as sums of products.""",
+        is slow; the matmuls of the loop without a cache come nearer to their limit than a row does to the
+        bandwidth (see the shares). Compiled, it is a sum of products, for which inductor widens bfloat16 to
+        float32, and so reads fewer bytes a second than in float32; llama.cpp has kernels for each processor
+        and precision. It became faster by attending a token's query heads as queries of their key head and,
+        compiled, by taking attention in float32, too; and with eight streams by having the weight as the left
+        factor, in the head and, compiled, everywhere (eager, every layer would have to say so). No faster
+        were torch.mv and torch.bmm for a row, weights packed by oneDNN or MKL for eight, and the attention of
+        one query as sums of products.""",
 }
 ROWS = {row.__name__: row for row in (training, memory, prefill, decode, start, context)}
 
@@ -526,9 +527,12 @@ if __name__ == "__main__":
         bench.measure_limits()
         print(machine(bench), HEADER, sep="\n\n", flush=True)
         lines, notes = [], []
+        if bench.device.type == "cpu":
+            notes.append("- on a GPU nothing was measured: no step of 8 x 2048, no share of its bandwidth.")
         if bench.dtype == "float32":
-            notes.append("- training in bfloat16 was not measured: its matmuls are slower than float32's "
-                         "here (see above), so train.py chooses float32, as nanoGPT does on a CPU.")
+            notes.append("- training, its memory and eight streams were not measured in bfloat16: its "
+                         "matmuls are not 1.5 times as fast as float32's here (see above), so train.py "
+                         "chooses float32, as nanoGPT does on a CPU.")
         for name in o.rows:
             lines += (new := ROWS[name](bench))
             print(*new, sep="\n", flush=True)
