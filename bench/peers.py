@@ -497,9 +497,10 @@ WHY = {  # where a row misses what it must reach: the reason, and what was tried
         float32, and so reads fewer bytes a second than in float32; llama.cpp has kernels for each processor
         and precision. It became faster by attending a token's query heads as queries of their key head and,
         compiled, by taking attention in float32, too; and with eight streams by having the weight as the left
-        factor, in the head and, compiled, everywhere (eager, every layer would have to say so). No faster
-        were torch.mv and torch.bmm for a row, weights packed by oneDNN or MKL for eight, and the attention of
-        one query as sums of products.""",
+        factor, in the head and, compiled, everywhere (eager, every layer would have to say so). There, oneDNN
+        with packed weights was hardly faster, and would hold them twice. No faster were torch.mv and
+        torch.bmm for a row, MKL's packed weights for eight, and the attention of one query as sums of
+        products.""",
 }
 ROWS = {row.__name__: row for row in (training, memory, prefill, decode, start, context)}
 
