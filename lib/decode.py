@@ -1,0 +1,146 @@
+"""A faster step for sampling: what is about one machine's speed, and would only clutter smollm.py.
+
+    step = make_step(model, compiled=False)
+    cache = make_cache(model, batch_size, length, compiled=False)
+    model.generate(input_ids, count, cache=cache, step=step)
+
+On a CPU a step runs a copy of the model's modules, with the same parameters, whose matmuls and
+attention are quick for few rows: a token in a few streams, which takes as long as reading the
+weights does. bench/peers.py measures it, docs/speed.md tells what was tried.
+"""
+
+import copy
+import platform
+
+import torch
+from torch.nn import functional as F
+
+from smollm import Attention, KVCache, Linear, SmolLM
+
+FEW_ROWS = 16
+# Whether F.linear has oneDNN multiply in bfloat16, on a processor of the kind that this is about
+ONEDNN_BFLOAT16 = (platform.machine() in ("x86_64", "AMD64")
+                   and torch.backends.mkldnn.is_available()
+                   and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def avoid_onednn():
+    """For this process, from now on: torch calls oneDNN only where it is told to, as few_rows does.
+    For a single row in bfloat16, torch's own kernel takes half as long (AMD's Zen 4 and Zen 5)."""
+    if ONEDNN_BFLOAT16:
+        torch.backends.mkldnn.enabled = False
+
+
+def few_rows(x, weight):
+    """x (..., C) @ weight.T, weight (C_out, C), in the way that is fast on a CPU."""
+    rows = x.numel() // x.size(-1)
+    if rows == 1 and torch.compiler.is_compiling():
+        # compiled, a sum of products reads the weight twice as fast as a matmul does
+        y = (x.flatten(0, -2).float() * weight).sum(-1).to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
+    if weight.dtype == torch.bfloat16 and ONEDNN_BFLOAT16:
+        if rows == 1 or torch.compiler.is_compiling():
+            return F.linear(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    if rows <= FEW_ROWS:
+        # the weight as the left factor is faster than as the right one
+        y = F.linear(weight, x.flatten(0, -2)).T.contiguous()
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class FewRowsLinear(Linear):
+    def forward(self, x):
+        return few_rows(x, self.weight)
+
+
+class FewRowsAttention(Attention):
+    def attend(self, q, k, v, mask):
+        """For a single token, the query heads that share a key head go as so many queries of it:
+        then each cached key is read once, not once for each of them."""
+        if q.size(2) > 1:
+            return super().attend(q, k, v, mask)
+        grouped = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, H_kv, H / H_kv, D)
+        if torch.compiler.is_compiling():
+            # any CPU is good at float32; a product with bfloat16 may be far slower
+            y = F.scaled_dot_product_attention(grouped.float(), k.float(), v.float(), mask)
+        else:
+            y = F.scaled_dot_product_attention(grouped, k, v, mask)
+        return y.to(q.dtype).reshape(q.shape)
+
+
+class FewRowsSmolLM(SmolLM):
+    def head(self, x):
+        return few_rows(x, self.model.embed_tokens.weight)
+
+
+FEW_ROWS_CLASSES = {Linear: FewRowsLinear, Attention: FewRowsAttention, SmolLM: FewRowsSmolLM}
+
+
+def for_few_rows(model: SmolLM) -> SmolLM:
+    """A copy of the modules, with the very parameters of the model."""
+    parameters = {id(p): p for p in model.parameters()}  # which deepcopy takes as copied already
+    model = copy.deepcopy(model, parameters)
+    for module in model.modules():
+        if type(module) in FEW_ROWS_CLASSES:
+            module.__class__ = FEW_ROWS_CLASSES[type(module)]
+    return model
+
+
+class StaticKVCache(KVCache):
+    """Every step after the first reads all slots, under a mask. So no shape changes from step to
+    step, and one compiled graph serves all."""
+    def advance(self, T: int):
+        self.reads_all = self.length > 0
+        mask = super().advance(T)
+        if self.reads_all:
+            mask = self.slots <= self.position[:, None]  # (T, max_length)
+        return mask
+
+    def update(self, layer: int, k, v):
+        if not self.reads_all:
+            return super().update(layer, k, v)
+        keys = self.keys[layer].index_copy_(2, self.position, k.to(self.dtype))
+        values = self.values[layer].index_copy_(2, self.position, v.to(self.dtype))
+        return keys, values
+
+
+def make_cache(model: SmolLM, batch_size: int, length: int, compiled: bool) -> KVCache:
+    """A cache for a step of make_step. Compiled, it has one of few sizes, for few graphs."""
+    weight = model.model.embed_tokens.weight
+    if not compiled:
+        return KVCache(model.config, batch_size, length, weight.device, weight.dtype)
+    length = 2**max(8, (length - 1).bit_length())
+    return StaticKVCache(model.config, batch_size, length, weight.device, weight.dtype)
+
+
+def make_step(model: SmolLM, compiled: bool):
+    """From (input_ids, cache) to logits (B, 1, V), as the model's own forward pass, but faster.
+    Compiled, single tokens after the first are one graph, which a GPU captures."""
+    is_cuda = model.model.embed_tokens.weight.is_cuda
+    if model.model.embed_tokens.weight.device.type == "cpu":
+        model = for_few_rows(model)
+
+    def step(input_ids, cache):
+        return model(input_ids, cache=cache)[0]
+
+    if not compiled:
+        return step
+
+    def one_token(input_ids, mask, cache):
+        x = model.model(input_ids, cache.position, mask, cache)  # (B, 1, C)
+        return model.head(x)
+
+    graph = torch.compile(one_token, fullgraph=True, dynamic=False,
+                          mode="reduce-overhead" if is_cuda else None)
+
+    def compiled_step(input_ids, cache):
+        if cache.length == 0 or input_ids.size(1) > 1:
+            return step(input_ids, cache)
+        mask = cache.advance(1)
+        if is_cuda:
+            for tensor in (*cache.keys, *cache.values):  # are written in place, not copied
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return graph(input_ids, mask, cache)
+
+    return compiled_step
