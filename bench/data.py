@@ -2,13 +2,15 @@
 
     python bench/data.py --tokens 20_000_000 100_000_000
 
-The text is made of lines of Python's standard library, drawn at random, in parquet files with the columns of
-cosmopedia-v2, and its tokenizer is trained on it. tools/prepare.py is timed as a whole process, less what it
-takes when there is nothing left to do. Exits with 1 if preparing twice differs.
+The text is made of lines of Python's standard library, drawn at random, in parquet files with the
+columns of cosmopedia-v2, and its tokenizer is trained on it. tools/prepare.py is timed as a whole
+process, less what it takes when there is nothing left to do. Exits with 1 if preparing twice
+differs.
 """
 
 import hashlib
 import random
+import re
 import subprocess
 import sys
 import sysconfig
@@ -19,74 +21,111 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.prepare import train_tokenizer
+from lib import cli
+from lib.data import train_tokenizer
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "prepare.py"
-DOCUMENT, SHARD = 60, 20_000  # lines, about 700 tokens; documents
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = 60  # lines, about 700 tokens
+SHARD = 20_000  # documents in a file
+# Runs a script, and then prints what Linux says of its process
+MEASURED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(open("/proc/self/status").read())
+"""
 
 
 @dataclass
 class Options:
-    tokens: list[int] = field(default_factory=lambda: [20_000_000, 100_000_000])  # prepared, of each corpus
+    tokens: list[int] = field(default_factory=lambda: [20_000_000, 100_000_000])  # of each corpus
+
+
+@dataclass
+class Preparation:
+    """What a run of tools/prepare.py came to."""
+    seconds: float
+    gigabytes: float  # its peak memory
+    num_tokens: int  # to train on, as it says
 
 
 def write_parquet(path: Path, texts: list[str], row_group_size: int, column: str = "text"):
     """With the columns of cosmopedia-v2."""
-    columns = {name: ["x"] * len(texts) for name in ("prompt", "audience", "format", "seed_data")}
-    table = pyarrow.table({column: texts, "token_length": [0] * len(texts)} | columns)
-    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+    columns = {column: texts, "token_length": [0] * len(texts)}
+    for name in ("prompt", "audience", "format", "seed_data"):
+        columns[name] = ["x"] * len(texts)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
 
 
-def write_corpus(folder: Path, tokens: int, lines: list[str]):
-    """Shards of parquet, with more text than tokens takes."""
+def read_lines() -> list[str]:
+    """Lines of Python's standard library."""
+    lines = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        lines += file.read_text(errors="ignore").splitlines(keepends=True)
+    return lines
+
+
+def write_corpus(folder: Path, num_tokens: int, lines: list[str]):
+    """Shards of parquet, with more text than num_tokens takes."""
     rng = random.Random(0)
     folder.mkdir()
-    for shard in range(tokens // (SHARD * 450) + 1):
+    for shard in range(num_tokens // (SHARD * 450) + 1):
         texts = ["".join(rng.choices(lines, k=DOCUMENT)) for _ in range(SHARD)]
         write_parquet(folder / f"{shard:05}.parquet", texts, row_group_size=1000)
 
 
-def prepare(cwd: Path, corpus: Path, tokenizer: Path, tokens: int) -> tuple[float, float, str]:
-    """Seconds, peak memory in GB and the last line printed of tools/prepare.py, run in cwd."""
-    code = ("import re, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-            "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])")
-    command = [sys.executable, "-c", code, SCRIPT, f"--dataset={corpus}", f"--tokenizer={tokenizer}",
-               f"--max_tokens={tokens}"]
+def prepare(cwd: Path, corpus: Path, tokenizer: Path, num_tokens: int) -> Preparation:
+    """Run tools/prepare.py in cwd."""
+    command = [sys.executable, "-c", MEASURED, ROOT / "tools" / "prepare.py",
+               f"--dataset={corpus}", f"--tokenizer={tokenizer}", f"--max_tokens={num_tokens}"]
     start = time.perf_counter()
-    *_, said, memory = subprocess.check_output(command, cwd=cwd, text=True).splitlines()
-    return time.perf_counter() - start, int(memory) * 1024 / 1e9, said
+    out = subprocess.check_output(command, cwd=cwd, text=True)
+    seconds = time.perf_counter() - start
+    kilobytes = int(re.search(r"VmHWM:\s*(\d+) kB", out)[1])
+    num_prepared = re.search(r"([\d,]+) tokens to train on", out)[1]
+    return Preparation(seconds, kilobytes * 1024 / 1e9, int(num_prepared.replace(",", "")))
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("data/*/*")}
+def checksums(folder: Path) -> dict[str, str]:
+    """Of what was prepared in folder."""
+    found = {}
+    for path in folder.glob("data/*/*"):
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def measure(folder: Path, tokenizer: Path, num_tokens: int, lines: list[str]) -> bool:
+    """Print what preparing so many tokens takes. Returns whether twice gave the same."""
+    corpus = folder / str(num_tokens)
+    write_corpus(corpus, num_tokens, lines)
+    first = folder / f"{num_tokens}-first"
+    second = folder / f"{num_tokens}-second"
+    first.mkdir()
+    second.mkdir()
+    made = prepare(first, corpus, tokenizer, num_tokens)
+    prepare(second, corpus, tokenizer, num_tokens)
+    before = checksums(first)
+    idle = prepare(first, corpus, tokenizer, num_tokens)  # finds it done
+    is_same = before == checksums(first) == checksums(second)
+    rate = made.num_tokens / (made.seconds - idle.seconds)
+    memory = made.gigabytes - idle.gigabytes
+    print(f"{made.num_tokens:,} tokens, {rate:,.0f} a second; peak memory {memory:.2f} GB over the "
+          f"start; again in {idle.seconds:.1f} s; the same bytes when made anew: {is_same}",
+          flush=True)
+    return is_same
 
 
 def main():
-    o, same = tyro.cli(Options, description=__doc__, use_underscores=True), True
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    lines = [line for file in files for line in file.read_text(errors="ignore").splitlines(keepends=True)]
+    o = cli.parse(Options, __doc__)
+    lines = read_lines()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = folder / "tokenizer.json"
         train_tokenizer(lines, 49152).save(str(tokenizer))
-        for tokens in o.tokens:
-            write_corpus(folder / f"{tokens}", tokens, lines)
-            runs, results = [folder / f"{tokens}-{run}" for run in "ab"], []
-            for run in runs:
-                run.mkdir()
-                results.append(prepare(run, folder / f"{tokens}", tokenizer, tokens))
-            seconds, memory, said = results[0]
-            made = contents(runs[0])
-            idle, start, _ = prepare(runs[0], folder / f"{tokens}", tokenizer, tokens)
-            same = same and made == contents(runs[0]) == contents(runs[1])
-            count = int(said.split()[1].replace(",", ""))
-            rate = count / (seconds - idle)
-            print(f"{said}\n{rate:,.0f} tokens/s; peak memory {memory - start:.2f} GB over the start; again "
-                  f"in {idle:.1f} s; the same bytes when made anew: {same}", flush=True)
-    sys.exit(not same)
+        are_same = [measure(folder, tokenizer, num_tokens, lines) for num_tokens in o.tokens]
+    sys.exit(0 if all(are_same) else 1)
 
 
 if __name__ == "__main__":

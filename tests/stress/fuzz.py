@@ -1,11 +1,12 @@
-"""Damage valid model files at random and load them: every file must load right or be refused in one line.
+"""Damage valid model files at random and load them: each must load right or be refused in one line.
 
-    python bench/fuzz.py --cases=1000
+    python tests/stress/fuzz.py --cases=1000
 
-Each case damages one file of a small model (a HuggingFace directory, whole or in shards, a GGUF file, a
-ckpt.pt) and loads it in a process of its own, so that a crash by a signal, a hang or a traceback is seen and
-counted. What loads from safetensors or GGUF is compared with an independent reading of the damaged bytes.
-Exits with 1 if any case is bad.
+Each case damages one file of a small model (a HuggingFace directory, whole or in shards, a GGUF
+file, a ckpt.pt) and loads it in a process of its own, so that a crash, a hang or a traceback is
+seen and counted. What loads from safetensors or GGUF is compared with an independent reading of the
+damaged bytes; what loads from a ckpt.pt, which has checksums, with what was saved. Exits with 1 if
+any case is bad.
 """
 
 import json
@@ -21,17 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import smollm
-from smollm import SHARD_INDEX, Config, InputError, SmolLM, load_tokenizer
-from tools import convert
-from tools.prepare import train_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from lib import cli, models
+from lib.data import train_tokenizer
+from lib.gguf_format import Reader
+from smollm import SHARD_INDEX, Config, InputError, SmolLM
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 30  # a case that takes longer hangs
-CONFIG = Config(320, 48, 64, 2, 6, 2, 128, initializer_range=0.1)
+CONFIG = Config(vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128)
+# How a child process tells how loading has ended: its exit codes
+OUTCOMES = {0: "loaded", 1: "traceback", 3: "refused", 4: "several lines"}
 
 
 @dataclass
@@ -40,96 +44,128 @@ class Options:
     seed: int = 0  # the same seed damages the same bytes
 
 
-def make_sources(folder: Path):
-    """A small model in every form: the folder's subfolders hf, sharded, gguf and ckpt."""
+# ---- Files, whole and damaged
+
+
+def make_model() -> SmolLM:
     torch.manual_seed(0)
-    model = SmolLM(CONFIG)
-    tokenizer = train_tokenizer([Path(smollm.__file__).read_text()], 320)
-    model.save_pretrained(folder / "hf", tokenizer)
-    model.save_pretrained(folder / "sharded", tokenizer)
-    (folder / "sharded" / "model.safetensors").unlink()
-    names = sorted(model.state_dict())
-    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for shard, keys in shards.items():
-        save_file({key: model.state_dict()[key] for key in keys}, folder / "sharded" / shard)
-    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
-    (folder / "sharded" / SHARD_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    for kind, name in (("gguf", "model.gguf"), ("ckpt", "ckpt.pt")):
-        (folder / kind).mkdir()
-        convert.write(folder / kind / name, model, tokenizer, None, "float32")
+    return SmolLM(CONFIG)
+
+
+def write_sources(folder: Path):
+    """A small model in every form: the folder's subfolders hf, sharded, gguf and ckpt."""
+    model = make_model()
+    tokenizer = train_tokenizer([(ROOT / "smollm.py").read_text()], 320)
+    bundle = models.Bundle(model, tokenizer, template=None)
+    models.write(folder / "hf", bundle, "float32")
+    models.write(folder / "gguf" / "model.gguf", bundle, "float32")
+    models.write(folder / "ckpt" / "ckpt.pt", bundle, "float32")
+
+    sharded = folder / "sharded"
+    models.write(sharded, bundle, "float32")
+    (sharded / "model.safetensors").unlink()
+    tensors = model.state_dict()
+    names = sorted(tensors)
+    weight_map = {}
+    for shard, keys in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({key: tensors[key] for key in keys}, sharded / shard)
+        weight_map |= dict.fromkeys(keys, shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (sharded / SHARD_INDEX).write_text(json.dumps(index))
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """Flip, overwrite, cut, insert or repeat some bytes, often near the start, where the headers are."""
+    """Flip, overwrite, cut, insert or repeat some bytes, often near the start, where the headers
+    are."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        at = rng.randrange(min(len(data), rng.choice((64, 2048, len(data), len(data)))) or 1)
+        region = rng.choice((64, 2048, len(data), len(data)))
+        at = rng.randrange(max(1, min(len(data), region)))
         size = rng.choice((1, 4, 8, rng.randrange(1, 200)))
-        how = rng.choice((0, 0, 0, 1, 1, 2, 3, 4, 5, 6))
-        if how == 0:
-            data[at:at + 1] = bytes([data[at] ^ 1 << rng.randrange(8)]) if data else b"x"
-        elif how == 1:
-            data[at:at + size] = rng.randbytes(len(data[at:at + size]))
-        elif how == 2:
-            data[at:at + size] = b""
-        elif how == 3:
-            data[at:at] = rng.randbytes(size)
-        elif how == 4:
-            data[at:at + size] = rng.choice((b"\xff", b"\x00", b"9", b'"', b"{", b"-")) * size
-        elif how == 5:
-            data[at:at] = data[at:at + size]
-        else:
-            del data[rng.randrange(len(data) + 1):]
+        match rng.choice((0, 0, 0, 1, 1, 2, 3, 4, 5, 6)):
+            case 0:
+                for i in range(at, min(at + 1, len(data))):
+                    data[i] ^= 1 << rng.randrange(8)
+            case 1:
+                data[at:at + size] = rng.randbytes(len(data[at:at + size]))
+            case 2:
+                del data[at:at + size]
+            case 3:
+                data[at:at] = rng.randbytes(size)
+            case 4:
+                byte = rng.choice((b"\xff", b"\x00", b"9", b'"', b"{", b"-"))
+                data[at:at + size] = byte * size
+            case 5:
+                data[at:at] = data[at:at + size]
+            case 6:
+                del data[rng.randrange(len(data) + 1):]
     return bytes(data)
 
 
+# ---- Independent readers
+
+
 def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
-    """An independent reading of a folder's float32 tensors: 8 bytes of length, a JSON header, the data."""
+    """A folder's float32 tensors. A file is 8 bytes of length, a JSON header, the data."""
     tensors = {}
     for path in folder.glob("*.safetensors"):
         data = path.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
         for name, entry in json.loads(data[8:start]).items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                assert entry["dtype"] == "F32", entry
-                tensors[name] = np.frombuffer(data[start + begin:start + end], "<f4").reshape(entry["shape"])
+            if name == "__metadata__":
+                continue
+            assert entry["dtype"] == "F32", entry
+            begin, end = entry["data_offsets"]
+            values = np.frombuffer(data[start + begin:start + end], "<f4")
+            tensors[name] = values.reshape(entry["shape"])
     return tensors
 
 
 def read_gguf(path: Path, start: int) -> dict[str, np.ndarray]:
-    """An independent reading of the float32 tensors of the GGUF file, whose data begin at start: in order of
-    the state dict, each at a multiple of 32 bytes, the rows of q and k reordered."""
-    tensors, data = {}, path.read_bytes()
-    for name, tensor in SmolLM(CONFIG).state_dict().items():
-        array = np.frombuffer(data[start:start + 4 * tensor.numel()], "<f4").reshape(tensor.shape)
-        if heads := convert.heads_to_reorder(name, CONFIG):
-            half = CONFIG.head_dim // 2
-            rows = [2 * (i % half) + i // half for i in range(2 * half)]
-            array = array[[2 * half * head + row for head in range(heads) for row in rows]]
+    """The float32 tensors of the GGUF file, whose data begin at start: in order of the state dict,
+    each at a multiple of 32 bytes. Of a head of q and k, row 2i is HuggingFace's row i, and row
+    2i + 1 its row i + D/2."""
+    data = path.read_bytes()
+    num_heads = {"q_proj": CONFIG.num_attention_heads, "k_proj": CONFIG.num_key_value_heads}
+    tensors = {}
+    for name, tensor in make_model().state_dict().items():
+        size = 4 * tensor.numel()
+        array = np.frombuffer(data[start:start + size], "<f4").reshape(tensor.shape)
+        start += -(-size // 32) * 32
+        for module, heads in num_heads.items():
+            if module in name:
+                rows = np.arange(len(array)).reshape(heads, CONFIG.head_dim)
+                order = np.concatenate((rows[:, 0::2], rows[:, 1::2]), axis=1)
+                array = array[order.flatten()]
         tensors[name] = array
-        start += -(-4 * tensor.numel() // 32) * 32
     return tensors
 
 
+# ---- Cases
+
+
 def load(folder: Path, gguf_start: int):
-    """Load what lies in folder as the scripts do. Raises InputError, or AssertionError if it loads wrong."""
+    """Load what lies in folder as the scripts do. AssertionError if it loads wrong."""
     if (folder / "model.gguf").exists():
-        model, tokenizer, _ = convert.read(str(folder / "model.gguf"))
-        for name, array in read_gguf(folder / "model.gguf", gguf_start).items():
-            assert np.array_equal(model.state_dict()[name].numpy(), array, equal_nan=True), name
+        bundle = models.read(str(folder / "model.gguf"))
+        expected = read_gguf(folder / "model.gguf", gguf_start)
+    elif (folder / "ckpt.pt").exists():
+        bundle = models.read(str(folder / "ckpt.pt"))
+        expected = {name: tensor.numpy() for name, tensor in make_model().state_dict().items()}
     else:
-        source = folder / "ckpt.pt" if (folder / "ckpt.pt").exists() else folder
-        tokenizer, model = load_tokenizer(source), SmolLM.from_pretrained(source)
-        for name, array in read_safetensors(folder).items():
-            assert np.array_equal(model.state_dict()[name].numpy(), array, equal_nan=True), name
-    tokenizer.encode("def main(): return 12345")
+        bundle = models.read(str(folder))
+        expected = read_safetensors(folder)
+    tensors = bundle.model.state_dict()
+    assert expected.keys() == tensors.keys()
+    for name, array in expected.items():
+        assert np.array_equal(tensors[name].numpy(), array, equal_nan=True), name
+    bundle.tokenizer.encode("def main(): return 12345")
     with torch.no_grad():
-        model(torch.zeros(1, 4, dtype=torch.int64))
+        bundle.model(torch.zeros(1, 4, dtype=torch.int64))
 
 
 def outcome(folder: Path, gguf_start: int) -> str:
-    """Load in a child process; how it ended."""
+    """How loading in a child process ends: loaded and refused are right, all else is bad."""
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)  # kills the child
@@ -144,23 +180,28 @@ def outcome(folder: Path, gguf_start: int) -> str:
                 traceback.print_exc(file=errors)
                 code = 1
         os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return "hang" if os.WTERMSIG(status) == signal.SIGALRM else f"signal {os.WTERMSIG(status)}"
-    return {0: "loaded", 3: "refused", 4: "several lines"}.get(os.WEXITSTATUS(status), "traceback")
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        return OUTCOMES[os.WEXITSTATUS(status)]
+    if os.WTERMSIG(status) == signal.SIGALRM:
+        return "hang"
+    return f"signal {os.WTERMSIG(status)}"
 
 
 if __name__ == "__main__":
-    o = tyro.cli(Options, description=__doc__, use_underscores=True)
+    o = cli.parse(Options, __doc__)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    rng, counts, bad = random.Random(o.seed), Counter(), 0
-    with tempfile.TemporaryDirectory() as folder:
-        make_sources(Path(folder))
-        files = sorted(path for path in Path(folder).rglob("*.*") if path.name != "tokenizer_config.json")
-        gguf_start = convert.Reader(Path(folder, "gguf", "model.gguf")).data_offset
+    rng = random.Random(o.seed)
+    counts = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_sources(folder)
+        files = sorted(folder.rglob("*.*"))
+        gguf_start = Reader(folder / "gguf" / "model.gguf").data_offset
         for path in files:
-            assert outcome(path.parent, gguf_start) == "loaded", (path, (path.parent / "stderr").read_text())
+            if outcome(path.parent, gguf_start) != "loaded":
+                sys.exit(f"{path}: {(path.parent / 'stderr').read_text()}")
         for case in range(o.cases):
             path = rng.choice(files)
             whole = path.read_bytes()
@@ -168,8 +209,9 @@ if __name__ == "__main__":
             how = outcome(path.parent, gguf_start)
             counts[how] += 1
             if how not in ("loaded", "refused"):
-                bad += 1
-                print(f"case {case}, {path.relative_to(folder)}: {how}", (path.parent / "stderr").read_text())
+                print(f"case {case}, {path.relative_to(folder)}: {how}")
+                print((path.parent / "stderr").read_text())
             path.write_bytes(whole)
-    print(f"{o.cases} damaged files: " + ", ".join(f"{count} {how}" for how, count in sorted(counts.items())))
-    sys.exit(bool(bad))
+    parts = ", ".join(f"{count} {how}" for how, count in sorted(counts.items()))
+    print(f"{o.cases} damaged files: {parts}")
+    sys.exit(0 if counts["loaded"] + counts["refused"] == o.cases else 1)
