@@ -178,7 +178,8 @@ if __name__ == "__main__":
         o.dtype = "float32"
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             o.dtype = "bfloat16"
-    avoid_onednn()
+    if not o.compile:
+        avoid_onednn()
     model, tokenizer = models.load(o.ckpt, device, getattr(torch, o.dtype))
     sampling = {
         "temperature": o.temperature,

@@ -1,29 +1,36 @@
 """SmolLM from scratch: the whole model in one file, to be read from top to bottom.
 
-The architecture is Llama's. B sequences of T tokens go through SmolLM-135M like this:
+The architecture is Llama's (Touvron et al. 2023, arXiv:2302.13971): GPT-2 with RMSNorm for
+LayerNorm, RoPE for learned positions, grouped-query attention, a SwiGLU MLP, and no biases.
+Here B sequences of T tokens go through SmolLM-135M:
 
-    input_ids                                 (B, T)
+    input_ids                           (B, T)
         |
-    embed_tokens                              (B, T, 576)    each token's row of 49152 x 576
+    embed_tokens                        (B, T, 576)    look up each id's row, 49152 x 576
         |
-   +----|------------------------------------ 30 blocks -----------------------------------+
-   |    |----> input_layernorm                (B, T, 576)                                  |
-   |    |      q_proj, k_proj, v_proj         9 heads of 64 for q, 3 for k, 3 for v        |
-   |    |      rotate q and k                 by angles that grow with the position        |
-   |    |      attend, o_proj                 (B, T, 576)    3 heads of q share one of k   |
-   |   (+) <---|                                                                           |
-   |    |----> post_attention_layernorm       (B, T, 576)                                  |
-   |    |      silu(gate_proj) * up_proj      (B, T, 1536)                                 |
-   |    |      down_proj                      (B, T, 576)                                  |
-   |   (+) <---|                                                                           |
-   +----|----------------------------------------------------------------------------------+
+    .---|---------------------------------------------------------------------------- 30 blocks
+    |   |---.
+    |   |   |  input_layernorm          (B, T, 576)    RMSNorm
+    |   |   |  q_proj                   (B, T, 576)    9 query heads of 64
+    |   |   |  k_proj, v_proj           (B, T, 192)    3 key heads and 3 value heads of 64
+    |   |   |  rotate q and k                          RoPE: by angles proportional to position
+    |   |   |  attend                   (B, 9, T, 64)  each key/value head serves 3 query heads
+    |   |   |  o_proj                   (B, T, 576)
+    |  (+)<-'                                          x = x + attention
+    |   |---.
+    |   |   |  post_attention_layernorm (B, T, 576)    RMSNorm
+    |   |   |  silu(gate) * up          (B, T, 1536)   SwiGLU, of gate_proj and up_proj
+    |   |   |  down_proj                (B, T, 576)
+    |  (+)<-'                                          x = x + MLP
+    '---|--------------------------------------------------------------------------------------
         |
-      norm                                    (B, T, 576)
+      norm                              (B, T, 576)    RMSNorm
         |
-    embed_tokens, transposed                  (B, T, 49152)  logits: the head is the embedding
+      head                              (B, T, 49152)  logits: x times embed_tokens, transposed
 
-No layer has a bias. Modules have the names of the published checkpoints, so tensors travel to
-HuggingFace's transformers and back as they are.
+Modules have the names of the published checkpoints, so state dicts load in HuggingFace's
+transformers unchanged, and the other way round. The model needs only torch; safetensors, tokenizers
+and huggingface_hub are imported where files are read and written.
 """
 
 import json
@@ -37,15 +44,17 @@ from torch import nn
 
 
 class InputError(ValueError):
-    """What the user gave can't be used. One line: the value, the limit, the way out."""
+    """Something that the user can mend. Its message is one line: the value, the limit, what to do
+    instead. Our commands show it without a traceback."""
 
 
 # ---- Config: the model's shape
 
-# What a config.json may state, but no SmolLM varies
+# Settings that every SmolLM shares. A config.json with another value is refused.
 FIXED_SETTINGS = {"hidden_act": "silu", "tie_word_embeddings": True,
                   "attention_bias": False, "mlp_bias": False}
-# What a config.json that leaves it out means, by model_type (transformers' configuration_*.py)
+# transformers' defaults, by model_type, for settings that a config.json leaves out. A llama that
+# says nothing of tied embeddings is not tied, so no SmolLM.
 HF_DEFAULTS = {
     "llama": {"tie_word_embeddings": False, "initializer_range": 0.02,
               "no_rope_layer_interval": 0, "bos_token_id": 1, "eos_token_id": 2},
@@ -68,7 +77,7 @@ class Config:
     intermediate_size: int = 1536  # width inside the MLP
     num_hidden_layers: int = 30
     num_attention_heads: int = 9  # query heads
-    num_key_value_heads: int = 3  # each is shared by so many query heads as to serve all
+    num_key_value_heads: int = 3  # each serves num_attention_heads / num_key_value_heads queries
     max_position_embeddings: int = 8192  # the context, in tokens
     rope_theta: float = 1e5
     rms_norm_eps: float = 1e-5
@@ -102,7 +111,7 @@ class Config:
 
     @property
     def layer_has_rope(self) -> list[bool]:
-        """For each layer: all have RoPE, but in SmolLM3 every fourth has not (3, 7, 11, ...)."""
+        """Whether each layer has RoPE: all have, but in SmolLM3 all but 3, 7, 11, ..."""
         interval = self.no_rope_layer_interval or math.inf
         return [(layer + 1) % interval != 0 for layer in range(self.num_hidden_layers)]
 
@@ -115,7 +124,7 @@ class Config:
             raise InputError(f"config: model_type is {model_type!r}, not llama or smollm3")
         stated = {name: value for name, value in hf.items() if value is not None}
         values = HF_DEFAULTS[model_type] | stated
-        values |= hf.get("rope_parameters") or {}  # where transformers 5 has rope_theta
+        values |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in here
         names = [field.name for field in fields(cls)]
         for name in names:
             if name not in values:
@@ -124,13 +133,15 @@ class Config:
 
         implemented = FIXED_SETTINGS | {
             "head_dim": config.head_dim,
-            "no_rope_layers": config.layer_has_rope,  # in HF, too, a 1 means that the layer has it
-            "rope_scaling": None, "rope_type": "default", "type": "default", "factor": 1,
-            "partial_rotary_factor": 1, "use_sliding_window": False,
+            "no_rope_layers": config.layer_has_rope,  # despite HF's name, 1 (== True): has RoPE
+            "use_sliding_window": False,
+            "rope_scaling": None, "partial_rotary_factor": 1,
+            "rope_type": "default", "type": "default", "factor": 1,  # inside rope_parameters
         }
         for name, value in implemented.items():
             if values.get(name) not in (None, value):
-                raise InputError(f"config: {name} is {values[name]!r}, implemented is {value!r}")
+                raise InputError(f"config: {name} is {values[name]!r}, only {value!r} is "
+                                 "implemented")
         return config
 
     def to_hf(self) -> dict:
@@ -154,7 +165,6 @@ SMOLLM_360M = dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32
                    num_attention_heads=15, num_key_value_heads=5)
 SMOLLM_1_7B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
                    num_attention_heads=32, num_key_value_heads=32)
-SMALL = dict(max_position_embeddings=1024, rope_theta=1e4)
 
 PRESETS = {
     "smollm-135m": Config(max_position_embeddings=2048, rope_theta=1e4),
@@ -167,17 +177,19 @@ PRESETS = {
                          num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=4,
                          max_position_embeddings=65536, rope_theta=5e6, rms_norm_eps=1e-6,
                          no_rope_layer_interval=4, bos_token_id=128000, eos_token_id=128001),
-    # ours: learns in minutes on a laptop
+    # ours, for a laptop: minutes
     "nano": Config(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
-                   num_attention_heads=6, num_key_value_heads=2, **SMALL),
-    # ours: in an hour
+                   num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024,
+                   rope_theta=1e4),
+    # ours, for a laptop: an hour
     "micro": Config(vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=8,
-                    num_attention_heads=6, num_key_value_heads=2, **SMALL),
+                    num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024,
+                    rope_theta=1e4),
 }
 
-# ---- The parts, bottom up
+# ---- The parts, bottom up, from RMSNorm to SmolLM
 #
-# B: sequences, T: their new tokens, S: those and the cached ones that they see,
+# B: sequences, T: their tokens in this call, S: the tokens they can see (T and those in the cache),
 # C: hidden_size, H: query heads, H_kv: key/value heads, D: head_dim, V: vocab_size
 
 
@@ -198,31 +210,31 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x @ weight.T, without a bias. SmolLM.init_weights, or a file, gives the weight its values."""
+    """x @ weight.T, without a bias."""
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self):
-        pass
+        pass  # SmolLM.init_weights fills the weight; torch's own values would be wasted time
 
 
 class Embedding(nn.Embedding):
-    """A row of weight (V, C) for each token id. Its values come as those of Linear."""
+    """The row of weight (V, C) for each token id."""
     def reset_parameters(self):
-        pass
+        pass  # as in Linear
 
 
-def rope_table(position, head_dim: int, theta: float):
-    """cos and sin, each (T, D) float32, of the angles by which RoPE turns queries and keys at
-    position (T,).
+def rope_table(position, head_dim: int, base: float):
+    """Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864): the cos and sin, each
+    (T, D) float32, of the angles by which queries and keys at position (T,) are turned.
 
-    Component i is paired with i + D/2, and the pair turns by position * theta^(-2i/D): RoFormer
-    (Su et al. 2021, arXiv:2104.09864) in HF's order of components. The paper pairs neighbours, 2i
-    and 2i + 1, which is the same but for the order of the rows in q_proj and k_proj. The table is
-    made anew in every forward pass: it is no buffer that .to(bfloat16) could round.
+    Component i is paired with i + D/2, and the pair turns by position * base^(-2i/D). The paper
+    pairs neighbours, 2i and 2i + 1; HF's order differs in the rows of q_proj and k_proj alone. The
+    angles are made anew in every forward pass: a buffer would be rounded by model.to(bfloat16),
+    which can't represent a position such as 257.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
-    angle = position[:, None].float() * (1.0 / theta**exponent)  # (T, D/2)
+    angle = position[:, None].float() * (1.0 / base**exponent)  # (T, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (T, D)
     return angle.cos(), angle.sin()
 
@@ -231,47 +243,7 @@ def rotate(x, cos, sin):
     """Turn the pairs of components of x (B, H, T, D) by the angles of cos and sin (T, D)."""
     x1, x2 = x.chunk(2, dim=-1)
     turned = x * cos + torch.cat((-x2, x1), dim=-1) * sin
-    return turned.to(x.dtype)  # under autocast, x has 16 bits and the table has 32
-
-
-class KVCache:
-    """The keys and values of every layer, for up to max_length tokens, allocated once.
-
-    length says how many tokens it holds. Set it lower, and it forgets those that came after.
-    """
-    def __init__(self, config: Config, batch_size: int, max_length: int, device=None, dtype=None):
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = []
-        self.values = []
-        for _ in range(config.num_hidden_layers):
-            self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
-            self.values.append(torch.zeros(shape, device=device, dtype=dtype))
-        self.dtype = self.keys[0].dtype
-        self.max_length = max_length
-        self.length = 0
-        self.slots = torch.arange(max_length, device=device)
-        self.position = None  # (T,): the slots of the current tokens
-
-    def advance(self, T: int):
-        """Claim the next T slots. Returns the mask (T, S) of the slots that each token sees, or
-        None where no mask is needed. InputError if there are not so many."""
-        start = self.length
-        end = start + T
-        if end > self.max_length:
-            raise InputError(f"the KV cache has {self.max_length} slots, {end} are needed: "
-                             "allocate more")
-        self.length = end
-        self.position = self.slots[start:end]
-        if start == 0 or T == 1:
-            return None  # causal from the first slot on, or one token that sees every slot
-        return self.slots[:end] <= self.position[:, None]
-
-    def update(self, layer: int, k, v):
-        """Write k and v (B, H_kv, T, D) to the claimed slots of a layer. Returns its keys and
-        values up to there, (B, H_kv, S, D)."""
-        keys = self.keys[layer].index_copy_(2, self.position, k.to(self.dtype))
-        values = self.values[layer].index_copy_(2, self.position, v.to(self.dtype))
-        return keys[:, :, :self.length], values[:, :, :self.length]
+    return turned.to(x.dtype)  # under autocast x has 16 bits, and cos and sin have 32
 
 
 class Attention(nn.Module):
@@ -307,8 +279,8 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask):
         """softmax(q k^T / sqrt(D)) v, for each query over the keys that it may see."""
-        # is_causal lines up the first query with the first key. That is right where the cache was
-        # empty; later there is a mask, or a single query that sees every key.
+        # Without a mask, several queries begin at position 0 and are causal; a single one, the
+        # last of all, sees every key.
         is_causal = mask is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
 
@@ -326,8 +298,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP: each gets a normalized copy of the residual stream, and what it
-    makes of it is added to the stream."""
+    """Attention, then the MLP: each gets a normalized copy of the residual stream x, and its output
+    is added to x. (HF's names: both layernorms are RMSNorms, each before its part.)"""
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -342,7 +314,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From token ids (B, T), at position (T,), to the last hidden state (B, T, C)."""
+    """Token ids (B, T) and their position (T,) in, final hidden states (B, T, C) out.
+
+    HF's LlamaModel. SmolLM holds it as `model`, so the names of its tensors begin with "model.".
+    """
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -353,7 +328,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, position, mask=None, cache=None):
         x = self.embed_tokens(input_ids)
         cos, sin = rope_table(position, self.config.head_dim, self.config.rope_theta)
-        cos = cos.to(x.dtype)
+        cos = cos.to(x.dtype)  # as transformers does; under autocast x is in float32 here
         sin = sin.to(x.dtype)
         for block in self.layers:
             x = block(x, cos, sin, mask, cache)
@@ -369,11 +344,11 @@ class SmolLM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """The published recipe (training files of smollm1 and smollm2): normal, with a smaller std
-        for the two matrices of a block that write to the residual stream, so that the stream does
-        not grow with depth."""
+        """Normal, as in the published recipe (text/pretraining in github.com/huggingface/smollm),
+        with GPT-2's factor of 1/sqrt(2 * layers) for o_proj and down_proj: both write to the
+        residual stream, which else would grow with depth."""
         if self.model.embed_tokens.weight.is_meta:
-            return  # there are no values to fill
+            return  # in from_pretrained: a meta tensor has a shape, but no values
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         nn.init.normal_(self.model.embed_tokens.weight, std=std)
@@ -386,16 +361,17 @@ class SmolLM(nn.Module):
                 nn.init.normal_(linear.weight, std=residual_std)
 
     def head(self, x):
-        """Logits (..., V) of hidden states (..., C): the head is the embedding."""
+        """Logits (..., V) of hidden states (..., C). The weights are tied (Press & Wolf 2017,
+        arXiv:1608.05859): the embedding is also the output matrix."""
         return F.linear(x, self.model.embed_tokens.weight)
 
-    def forward(self, input_ids, targets=None, cache: KVCache | None = None):
+    def forward(self, input_ids, targets=None, cache: "KVCache | None" = None):
         """Logits and loss for input_ids (B, T) int64.
 
-        Without a cache, logits are (B, T, V). With one, input_ids go on from what it holds, and
-        logits are those of the last position, (B, 1, V). The loss is None without targets (B, T),
-        which go without a cache. Else it is the mean cross-entropy in nats, in float32, over the
-        targets that are not -100 (0 if all are).
+        Without a cache: logits (B, T, V), and if targets (B, T) are given, the mean cross-entropy
+        in nats, in float32, over the targets that are not -100 (0 if all are). With a cache:
+        input_ids go on from what it holds, logits are those of the last token, (B, 1, V), and the
+        loss is None.
         """
         T = input_ids.size(1)
         if cache is not None:
@@ -408,25 +384,23 @@ class SmolLM(nn.Module):
         if targets is None:
             return logits, None
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        count = (targets != -100).sum()  # cross_entropy leaves out -100
-        return logits, losses / count.clamp(min=1)
+        count = (targets != -100).sum()
+        return logits, losses / count.clamp(min=1)  # cross_entropy's own mean of none is NaN
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    # ---- Inference
-
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens: int, temperature=1.0, top_k: int | None = None,
                  top_p: float | None = None, eos_id: int | None = None, generator=None,
-                 cache: KVCache | None = None, step=None):
-        """Continue input_ids (B, T): yields each new column (B, 1) as it is made, until there are
-        max_new_tokens or every row has met eos_id. A row that has goes on with eos_id.
+                 cache: "KVCache | None" = None, step=None):
+        """Continue input_ids (B, T): yields each new column of tokens (B, 1) as it is made, until
+        there are max_new_tokens, or every row has met eos_id. Rows that have ended get eos_id.
 
         The same state of generator (a torch.Generator) gives the same tokens. With a cache,
-        input_ids go on from what it holds; at the end it has all but the last column. step, from
-        (input_ids, cache) to logits (B, 1, V), replaces the model's own forward pass. InputError,
-        at the first column, if a value is out of range.
+        input_ids go on from what it holds; at the end it has all but the last column. step is
+        for lib/decode.py: a faster function, from (input_ids, cache) to logits (B, 1, V), in place
+        of our own forward pass. InputError, raised by the first next(): a value is out of range.
         """
         B, T = input_ids.shape
         room = self.config.max_position_embeddings
@@ -434,14 +408,14 @@ class SmolLM(nn.Module):
             room -= cache.length
         if not 0 < T <= room - max_new_tokens:
             raise InputError(f"a prompt of {T} tokens (at least 1) and {max_new_tokens} new ones "
-                             f"must fit in the model's context of {room}: shorten it or ask for "
-                             "fewer new ones")
+                             f"must fit in the {room} tokens that are left of the model's context: "
+                             "shorten it or ask for fewer new ones")
         weight = self.model.embed_tokens.weight
         if cache is None:
             cache = KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
         for _ in range(max_new_tokens):
-            if step is None:
+            if step is None:  # the prompt at first; later the new column, as the cache has the rest
                 logits, _ = self(input_ids, cache=cache)
             else:
                 logits = step(input_ids, cache)
@@ -453,15 +427,13 @@ class SmolLM(nn.Module):
             if eos_id is not None and ended.all():
                 return
 
-    # ---- Files
-
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=None) -> "SmolLM":
         """The model of a HuggingFace directory, a Hub id (owner/name or owner/name@revision) or a
         ckpt.pt of train.py, in dtype (None: float32).
 
-        InputError names the first setting or tensor that is wrong; a file that is missing or
-        damaged raises what the library that reads it raises.
+        InputError names a setting that is not implemented. A file that is missing or damaged, or
+        has other tensors than the config tells of, raises what torch or safetensors raise.
         """
         path = local_path(source)
         if path.is_dir():
@@ -471,23 +443,14 @@ class SmolLM(nn.Module):
             checkpoint = read_checkpoint(path)
             config = Config(**checkpoint["config"])
             tensors = checkpoint["model"]
-        with torch.device("meta"):  # no memory yet: what is loaded becomes the parameters
+        with torch.device("meta"):  # no memory: the tensors that are loaded become the parameters
             model = cls(config)
-
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if found.get(name, "absent") != expected.get(name, "absent"):
-                raise InputError(f"{source}: {name} is {found.get(name, 'absent')}, by its config "
-                                 f"it is {expected.get(name, 'absent')}")
-            tensor = tensors[name]
-            if not tensor.is_floating_point() or tensor.layout != torch.strided:
-                raise InputError(f"{source}: {name} is {tensor.dtype}, {tensor.layout}, it must "
-                                 "be of dense floats")
-        state = {}
-        for name in expected:
-            state[name] = tensors[name].to(device, dtype or torch.float32, copy=True)
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        for name, p in model.named_parameters():
+            if not p.is_floating_point() or p.layout != torch.strided:
+                raise InputError(f"{source}: {name} is {p.dtype}, {p.layout}, not dense floats")
+            # a copy, for what is mapped from a file would change with it
+            p.data = p.data.to(device, dtype or torch.float32, copy=True)
         return model
 
     def save_pretrained(self, directory, tokenizer=None):
@@ -513,7 +476,48 @@ class SmolLM(nn.Module):
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-# ---- Inference: choosing a token
+# ---- Inference: what generate uses
+
+
+class KVCache:
+    """The keys and values of every layer, for up to max_length tokens, allocated once.
+
+    length says how many tokens it holds. Set it lower to forget those that came after.
+    """
+    def __init__(self, config: Config, batch_size: int, max_length: int, device=None, dtype=None):
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = []
+        self.values = []
+        for _ in range(config.num_hidden_layers):
+            self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
+            self.values.append(torch.zeros(shape, device=device, dtype=dtype))
+        self.dtype = self.keys[0].dtype
+        self.max_length = max_length
+        self.length = 0
+        self.positions = torch.arange(max_length, device=device)
+        self.position = None  # (T,): those of the current tokens
+
+    def advance(self, T: int):
+        """Make room for the next T tokens. Returns the mask (T, S) of the tokens that each of them
+        sees, or None where none is needed. InputError if the cache is too short."""
+        start = self.length
+        end = start + T
+        if end > self.max_length:
+            raise InputError(f"the KV cache has room for {self.max_length} tokens, not {end}: "
+                             "allocate a longer one")
+        self.length = end
+        self.position = self.positions[start:end]
+        if start == 0 or T == 1:
+            return None  # Attention.attend knows these two cases: all is new, or one token is
+        return self.positions[:end] <= self.position[:, None]
+
+    def update(self, layer: int, k, v):
+        """Write k and v (B, H_kv, T, D) of the current tokens. Returns the layer's keys and values
+        up to there, (B, H_kv, S, D)."""
+        # as keys[:, :, start:end] = k, but a compiled step needs no new graph for each position
+        keys = self.keys[layer].index_copy_(2, self.position, k.to(self.dtype))
+        values = self.values[layer].index_copy_(2, self.position, v.to(self.dtype))
+        return keys[:, :, :self.length], values[:, :, :self.length]
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -544,17 +548,18 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(probs, 1, generator=generator)
 
 
-# ---- Files: where a model is, and what is read from it
+# ---- Files: what from_pretrained uses
 
 SHARD_INDEX = "model.safetensors.index.json"
 
 
 def local_path(source) -> Path:
-    """The path that source is. A Hub id, owner/name or owner/name@revision, is downloaded to the
-    Hub's cache, unless it is there."""
+    """A local path for source. A Hub id, owner/name or owner/name@revision, is downloaded first,
+    unless the Hub's cache has it."""
     path = Path(source)
     repo_id, _, revision = str(source).partition("@")
-    if path.exists() or repo_id.count("/") != 1 or path.suffix in (".pt", ".json", ".gguf"):
+    is_file = path.suffix in (".pt", ".json", ".gguf")
+    if path.exists() or is_file or repo_id.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
     files = ["*.safetensors", "*.json"]
@@ -571,7 +576,7 @@ def read_tensors(directory: Path) -> dict:
         shards = set(index["weight_map"].values())
     tensors = {}
     for shard in sorted(shards):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard:  # an index must not point outside of its folder
             raise InputError(f"{directory / SHARD_INDEX}: {shard!r} is no file in this folder")
         tensors |= load_file(directory / shard)
     return tensors
@@ -598,6 +603,7 @@ def load_tokenizer(source):
     else:
         text = read_checkpoint(path)["tokenizer"]
     tokenizer = Tokenizer.from_str(text)
+    # a file may ask for these, but we want all tokens of a text, and no others
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -42,42 +42,42 @@ class Options:
     #                          another Hub id; a file or folder of .txt, .md, .py, .jsonl, .parquet
     dataset_config: str | None = None  # of a Hub id, where it has several
     text_column: str = "text"  # of the Hub's data, and of .jsonl and .parquet files
-    max_tokens: int | None = None  # train on so many, again and again; None: all that is read
+    max_tokens: int | None = None  # train on only so many, again and again; None: no limit
     tokenizer: str | None = None  # file, folder or Hub id; None: cosmo2-tokenizer for the Hub's
     #                               data, else one that is trained on the dataset
     block_size: int = 512  # tokens in a sequence
     batch_size: int = 8  # sequences in a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches in a step, of all ranks together
+    gradient_accumulation_steps: int = 1  # micro-batches in a step, split over all GPUs
     # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW has the rest
+    optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
-    learning_rate: float = 2e-3  # the peak, for Muon; AdamW of the 135M does better with 1e-3
-    embedding_lr_scale: float = 1.0  # times that for the embedding, which is the head, too
+    learning_rate: float = 2e-3  # the peak, for Muon and AdamW; if AdamW has all, 1e-3 is better
+    embedding_lr_scale: float = 1.0  # the embedding's learning rate, as a multiple of that
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # after warm-up; wsd: stable, then decay
     warmup_iters: int | None = None  # steps of linear warm-up; None: 2% of max_iters
     decay_iters: int | None = None  # last steps, in which wsd decays; None: 20% of max_iters
     weight_decay: float = 0.01  # of matrices; norms don't decay
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.95
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: don't clip
     # what is shown
-    eval_interval: int = 250  # steps from evaluation to evaluation; each saves a checkpoint
+    eval_interval: int = 250  # steps between evaluations; each saves a checkpoint
     eval_iters: int = 10  # batches in an evaluation, at most
-    log_interval: int = 10  # steps from log line to log line
+    log_interval: int = 10  # steps between lines of the log
     sample_prompt: str = "def __init__(self"  # continued at each evaluation
     # machine
     seed: int = 0  # of the initial weights and of the order of the data
     device: str = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: of 16 bits where that
-    #                                                                    is 1.5 times as fast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: 16 bits where they
+    #                                                                    are 1.5 times as fast
     compile: bool | None = None  # torch.compile; None: on CUDA only
     # check
-    overfit: bool = False  # train on one fixed batch until its loss is near zero; saves nothing
+    overfit: bool = False  # train on one batch until its loss is near zero; saves nothing
 
 
-# What a model trains best with, from scratch, where that is not the default, which is the 135M's.
-# The rates are those of bench/learning.py.
-BEST_OPTIONS = {
+# What suits the small presets. The defaults of Options suit the 135M. For the rates, see
+# docs/learning.md.
+PRESET_OPTIONS = {
     "nano": dict(block_size=256, batch_size=16, max_iters=350, learning_rate=3e-3,
                  embedding_lr_scale=6.0, eval_interval=35),
     "micro": dict(block_size=256, batch_size=16, max_iters=2000, learning_rate=3e-3,
@@ -87,23 +87,23 @@ OVERFIT_LOSS = 0.05  # near zero
 
 
 def parse_options() -> tuple[Options, str]:
-    """The options, and a line that says where they come from. What the command line says goes
-    before what is best for the model."""
+    """The options, and a line that says where they come from. The command line is read twice:
+    --model chooses the defaults, and what else it says goes before them."""
     o = cli.parse(Options, __doc__)
     if o.init_from != "scratch":
         return o, f"options: {cli.spell(cli.difference(o, Options()))}"
     if o.model not in PRESETS:
         raise InputError(f"model {o.model!r} is no preset: choose one of {', '.join(PRESETS)}")
-    best = replace(Options(), model=o.model, **BEST_OPTIONS.get(o.model, {}))
-    o = cli.parse(Options, __doc__, default=best)
-    given = cli.difference(o, best)
-    of_model = {name: value for name, value in cli.difference(best, Options()).items()
+    preset = replace(Options(), model=o.model, **PRESET_OPTIONS.get(o.model, {}))
+    o = cli.parse(Options, __doc__, default=preset)
+    given = cli.difference(o, preset)
+    of_model = {name: value for name, value in cli.difference(preset, Options()).items()
                 if name not in given}
     return o, f"options of {o.model}: {cli.spell(of_model)}; given: {cli.spell(given)}"
 
 
-def settle(o: Options) -> Options:
-    """The same, with the steps of warm-up and decay settled. InputError if a value is out of
+def check_options(o: Options) -> Options:
+    """The options with warmup_iters and decay_iters filled in. InputError if one is out of
     range."""
     cli.check_range(o, 1, 2**63, "block_size", "batch_size", "gradient_accumulation_steps",
                     "max_iters", "max_tokens", "eval_interval", "eval_iters", "log_interval")
@@ -127,23 +127,28 @@ def settle(o: Options) -> Options:
 def lr_at(step: int, o: Options) -> float:
     """The learning rate of a step, counted from 0.
 
-    Linear warm-up, whose last step is at the peak. Then wsd: stable, and at last
-    peak * (1 - sqrt(share of decay_iters that is over)), as SmolLM (Haegele et al. 2024,
-    arXiv:2405.18392); or half a cosine, ending at 0; or constant.
+    Linear warm-up, whose last step is at the peak. Then wsd, SmolLM's schedule: stable, and at last
+    peak * (1 - sqrt(fraction of decay_iters that is done)) (Hägele et al. 2024, arXiv:2405.18392);
+    or half a cosine, down to 0; or constant.
     """
     if step < o.warmup_iters:
         return o.learning_rate * (step + 1) / o.warmup_iters
     if o.schedule == "cosine":
         progress = (step - o.warmup_iters) / (o.max_iters - o.warmup_iters)
         return o.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-    decayed = step - (o.max_iters - o.decay_iters)  # steps of decay that are over
-    if o.schedule == "wsd" and decayed > 0:
-        return o.learning_rate * (1 - math.sqrt(decayed / o.decay_iters))
+    decay_steps_done = step - (o.max_iters - o.decay_iters)
+    if o.schedule == "wsd" and decay_steps_done > 0:
+        return o.learning_rate * (1 - math.sqrt(decay_steps_done / o.decay_iters))
     return o.learning_rate
 
 
 def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
-    """Who gets what. The learning rates are set at each step: lr_at, times a group's lr_scale."""
+    """Muon for the blocks' matrices, AdamW for the embedding and the norms; or AdamW for all.
+
+    Muon (Jordan et al. 2024) makes the momentum of each matrix orthogonal, so that a step is
+    equally large in all directions. Ours is scaled to change weights about as much as AdamW does,
+    so both take the same learning rate. The loop sets it: lr_at(step) * group["lr_scale"].
+    """
     embedding = model.model.embed_tokens.weight  # and output head
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
@@ -156,11 +161,12 @@ def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
     if o.optimizer == "adamw":
         return [adamw]
-    return [adamw, Muon(matrices, 0.0, o.weight_decay, getattr(torch, o.dtype))]
+    muon = Muon(matrices, lr=0.0, weight_decay=o.weight_decay, dtype=getattr(torch, o.dtype))
+    return [adamw, muon]
 
 
 class Loss(torch.nn.Module):
-    """A model's loss without its logits, whose memory the backward pass can then use."""
+    """Gives only the loss, so that the memory of the logits is free in the backward pass."""
     def __init__(self, model: SmolLM):
         super().__init__()
         self.model = model
@@ -170,8 +176,11 @@ class Loss(torch.nn.Module):
 
 
 def accumulate(loss_model, batches: list, autocast, scaler) -> torch.Tensor:
-    """Add up the gradients of micro-batches [(x, y), ...] to that of one batch of all ranks: of the
-    mean loss over its targets that are not -100. Returns this mean, on the device."""
+    """The backward pass through the micro-batches [(x, y), ...] of a step. Afterwards .grad is the
+    gradient of the mean loss over all targets of all ranks. Returns this mean, on the device.
+
+    Targets of -100 don't count. get_batch makes none, but fine-tuning does.
+    """
     world_size = ranks.world_size()
     num_targets = ranks.all_reduce(sum((y != -100).sum() for _, y in batches))
     total = 0.0
@@ -181,7 +190,7 @@ def accumulate(loss_model, batches: list, autocast, scaler) -> torch.Tensor:
             sync = loss_model.no_sync()  # the ranks add up their gradients once, after the last
         with sync, autocast:
             loss = loss_model(x, y) * ((y != -100).sum() / num_targets)
-        scaler.scale(loss * world_size).backward()  # DistributedDataParallel takes the mean
+        scaler.scale(loss * world_size).backward()  # DistributedDataParallel averages over ranks
         total += loss.detach()
     return ranks.all_reduce(total)
 
@@ -203,16 +212,16 @@ def continue_text(model: SmolLM, tokenizer, prompt: str, seed: int, device) -> s
     if not ids:
         ids = [model.config.bos_token_id]
     generator = torch.Generator(device).manual_seed(seed)
-    columns = model.generate(torch.tensor([ids], device=device), min(64, context - len(ids)),
+    new_ids = model.generate(torch.tensor([ids], device=device), min(64, context - len(ids)),
                              temperature=0.8, top_k=50, generator=generator)
-    return tokenizer.decode(ids + [column.item() for column in columns])
+    return tokenizer.decode(ids + [new_id.item() for new_id in new_ids])
 
 
-# ---- The script
+# ---- The script: o has the options
 
 if __name__ == "__main__":
-    o, where_from = parse_options()
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a log has each line at once
+    o, origin_of_options = parse_options()
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # in a file, too
 
     # Ranks: this process alone, or one of torchrun's. Rank 0 speaks and writes.
     device = ranks.start(o.device)
@@ -220,22 +229,22 @@ if __name__ == "__main__":
     if not is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
-    # The run's folder. A run that resumes has the options of its checkpoint.
+    # The run's folder. A run that resumes has the options of its checkpoint, and some may change.
     run = Run(Path(o.out_dir), writes=is_first and not o.overfit)
-    run.claim()
+    run.claim()  # from now on no other process writes there
     if o.init_from == "resume":
-        run.use_newest_whole()
+        run.use_newest_whole()  # if ckpt.pt is damaged, the one before it takes its place
         ranks.barrier(device)  # the others wait for rank 0
-        checkpoint = run.load(set(vars(o)))
+        checkpoint = run.load(option_names=set(vars(o)))
         saved = Options(**checkpoint["options"])
         default = replace(saved, out_dir=o.out_dir, init_from="resume", overwrite=False)
-        o = settle(cli.parse(Options, __doc__, default))
+        o = check_options(cli.parse(Options, __doc__, default))
         run.check_options(saved, o, checkpoint["step"])
     else:
-        o = settle(o)
+        o = check_options(o)
         if not o.overwrite:
             run.check_unused()
-        print(where_from)
+        print(origin_of_options)
     if o.gradient_accumulation_steps % ranks.world_size() != 0:
         raise InputError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}, it must "
                          f"be a multiple of torchrun's {ranks.world_size()} processes, which share "
@@ -245,11 +254,11 @@ if __name__ == "__main__":
     if o.dtype == "auto":
         o.dtype = ranks.first_of(pick_dtype(device), device)
     dtype = getattr(torch, o.dtype)
-    peak = matmul_peak(device, dtype)  # FLOP/s
+    peak = matmul_peak(device, dtype)  # measured here, in FLOP/s
     autocast = nullcontext()
     if o.dtype != "float32":
         autocast = torch.autocast(device.type, dtype)
-    # in float16 small gradients would be zero
+    # in float16 the loss is scaled up, or small gradients would vanish
     scaler = torch.amp.GradScaler(device.type, enabled=o.dtype == "float16")
     print(f"device: {ranks.world_size()} x {device.type}, {o.dtype}, matmul peak "
           f"{peak / 1e9:,.1f} GFLOP/s")
@@ -257,7 +266,8 @@ if __name__ == "__main__":
     # Model
     if o.init_from == "scratch":
         torch.manual_seed(o.seed)
-        model = SmolLM(PRESETS[o.model]).to(device)
+        config = replace(PRESETS[o.model])  # a copy, which gets the tokenizer's bos and eos below
+        model = SmolLM(config).to(device)
         tokenizer = None
         if o.tokenizer:
             with cli.reading(o.tokenizer):
@@ -274,27 +284,28 @@ if __name__ == "__main__":
         raise InputError(f"block_size is {o.block_size}, the model's context has "
                          f"{config.max_position_embeddings} tokens: lower it")
 
-    # Data: as many windows of tokens as this run will read, or all that there are
-    step_size = o.gradient_accumulation_steps * o.batch_size  # sequences
-    tokens_per_step = step_size * o.block_size
-    window_size = WINDOW // o.block_size  # blocks
+    # Data: text is made into tokens in windows of WINDOW tokens, so that a short run needs only the
+    # first few. A window is cut into blocks of block_size tokens, which are read in random order.
+    sequences_per_step = o.gradient_accumulation_steps * o.batch_size
+    tokens_per_step = sequences_per_step * o.block_size
+    blocks_per_window = WINDOW // o.block_size
     if o.max_tokens:
         num_windows = math.ceil(o.max_tokens / WINDOW)
     else:
         steps = 1 if o.overfit else o.max_iters
-        num_windows = math.ceil(steps * step_size / window_size)
-    text = Source(o.dataset, o.dataset_config, o.text_column)
-    data = prepare_data(text, tokenizer, config.vocab_size, num_windows)
+        num_windows = math.ceil(steps * sequences_per_step / blocks_per_window)
+    source = Source(o.dataset, o.dataset_config, o.text_column)
+    data = prepare_data(source, tokenizer, config.vocab_size, num_windows)
     tokenizer = data.tokenizer
-    counts = data.meta["windows"][:num_windows]
+    window_counts = data.meta["windows"][:num_windows]  # tokens, up to the end of each window
     if o.init_from == "resume":
-        run.check_data(checkpoint["data"], counts, o.dataset)
+        run.check_data(checkpoint["data"], window_counts, o.dataset)
     elif o.init_from == "scratch":
-        config.bos_token_id = end_of_text(tokenizer)
-        config.eos_token_id = end_of_text(tokenizer)
+        config.bos_token_id = end_of_text(tokenizer)  # <|endoftext|> stands between documents,
+        config.eos_token_id = end_of_text(tokenizer)  # so it both begins and ends them
 
     train_tokens = data.read("train", num_windows)
-    num_blocks = min((len(train_tokens) - 1) // o.block_size, num_windows * window_size)
+    num_blocks = min((len(train_tokens) - 1) // o.block_size, num_windows * blocks_per_window)
     if o.max_tokens:
         num_blocks = min(num_blocks, o.max_tokens // o.block_size)
     if num_blocks == 0:
@@ -302,7 +313,7 @@ if __name__ == "__main__":
                          f"{o.max_tokens}), less than a block of {o.block_size} and one: lower "
                          "--block_size or give it more text")
 
-    val_tokens = data.read("val", 1)
+    val_tokens = data.read("val", 1)  # of the first window: the same for runs of any length
     val_block_size = min(o.block_size, len(val_tokens) - 1)
     num_val_blocks = min((len(val_tokens) - 1) // val_block_size, o.eval_iters * o.batch_size)
     val_batches = []
@@ -314,15 +325,17 @@ if __name__ == "__main__":
 
     # Optimizers
     optimizers = make_optimizers(model, o)
-    keep_freed_memory()
-    loss_model = Loss(model)
+
+    # Speed
+    keep_freed_memory()  # on a CPU: a step takes the memory of the one before it
+    loss_model = Loss(model)  # what evaluates
     if o.compile or (o.compile is None and device.type == "cuda"):
-        loss_model = torch.compile(loss_model, dynamic=False)  # a graph for each shape
+        loss_model = torch.compile(loss_model, dynamic=False)  # a graph for each shape of batches
         if device.type == "cpu":
-            torch.use_deterministic_algorithms(True)  # compiled, it would add up in any order
-    distributed = loss_model
+            torch.use_deterministic_algorithms(True)  # else it adds up in varying order
+    train_model = loss_model  # what trains: with several ranks, it averages their gradients
     if ranks.world_size() > 1:
-        distributed = DistributedDataParallel(loss_model)
+        train_model = DistributedDataParallel(loss_model)
     print(f"model: {model.num_parameters():,} parameters; a step is "
           f"{o.gradient_accumulation_steps} x {o.batch_size} sequences of {o.block_size}, "
           f"{tokens_per_step:,} tokens")
@@ -334,6 +347,7 @@ if __name__ == "__main__":
             optimizer.load_state_dict(copy.deepcopy(state))  # a copy is not mapped to the file
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
+        # nothing here draws from it any more, but what you add may: dropout, say
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
@@ -341,25 +355,26 @@ if __name__ == "__main__":
         del checkpoint
     run.begin_log()
     signals = StopSignals(is_alone=ranks.world_size() == 1, speaks=is_first)
-    stop_signal = 0  # what one of the ranks has received
+    stop_signal = 0  # the largest that any rank has received
     seconds = 0.0  # of the steps since the last line of the log
     logged_step = first_step
     hide_bar = None if is_first else True  # None: hide it where there is no terminal
     bar = tqdm(total=o.max_iters, initial=first_step, unit="step", disable=hide_bar)
 
+    # step is the number of steps that are done. The last pass only evaluates and saves.
     for step in range(first_step, o.max_iters + 1):
         is_last = step == o.max_iters or stop_signal != 0
 
-        # Evaluate and save
+        # Evaluate and save, which rank 0 does; the others wait for it in their next step.
         is_due = step % o.eval_interval == 0 or is_last
         if run.writes and is_due and not run.was_evaluated_at(step):
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise InputError(f"after step {step} not all weights are finite: lower the "
                                  "learning_rate; the last checkpoint is as it was")
-            if not stop_signal:
+            if not stop_signal:  # else save at once
                 val_loss = evaluate(loss_model, val_batches, autocast)
-                perplexity = math.exp(min(val_loss, 99))
-                tokens_per_byte = counts[0]["val"] / counts[0]["val_bytes"]
+                perplexity = math.exp(min(val_loss, 99))  # a larger one would overflow
+                tokens_per_byte = window_counts[0]["val"] / window_counts[0]["val_bytes"]
                 bits_per_byte = val_loss / math.log(2) * tokens_per_byte
                 run.log(step=step, tokens=step * tokens_per_step, val_loss=val_loss,
                         perplexity=perplexity, bits_per_byte=bits_per_byte)
@@ -371,10 +386,17 @@ if __name__ == "__main__":
                 if device.type == "cuda":
                     rng["cuda"] = torch.cuda.get_rng_state()
                 run.save({
-                    "model": model.state_dict(), "config": asdict(config),
-                    "tokenizer": tokenizer.to_str(), "options": asdict(o), "step": step,
-                    "data": counts, "curve": run.curve, "rng": rng, "scaler": scaler.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                    "model": model.state_dict(),
+                    "config": asdict(config),
+                    "tokenizer": tokenizer.to_str(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "scaler": scaler.state_dict(),
+                    "rng": rng,
+                    "options": asdict(o),
+                    "step": step,
+                    "data": window_counts,
+                    "curve": run.curve,
+                })
                 say(f"step {step} | saved {run.path}")
         if is_last:
             break
@@ -386,22 +408,24 @@ if __name__ == "__main__":
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1)
 
-        share = step_size // ranks.world_size()  # sequences of this rank
-        first = ranks.rank() * share
+        # this rank's sequences of all that the run reads: first, first + 1, ...
+        sequences_per_rank = sequences_per_step // ranks.world_size()
+        first = ranks.rank() * sequences_per_rank
         if not o.overfit:
-            first += step * step_size
+            first += step * sequences_per_step
         batches = []
-        for i in range(first, first + share, o.batch_size):
-            blocks = [block_at(o.seed, number, num_blocks, window_size)
-                      for number in range(i, i + o.batch_size)]
+        for i in range(first, first + sequences_per_rank, o.batch_size):
+            blocks = [block_at(o.seed, sequence, num_blocks, blocks_per_window)
+                      for sequence in range(i, i + o.batch_size)]
             batches.append(get_batch(train_tokens, blocks, o.block_size, config.vocab_size, device))
 
-        loss = accumulate(distributed, batches, autocast, scaler)
+        loss = accumulate(train_model, batches, autocast, scaler)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
-        # A gradient that overflows in float16 leaves the step out, and the scaler halves its scale.
-        overflows = not norm.isfinite()  # waits for the device
+        # In float16 a gradient may overflow. Then both optimizers leave the step out, and the
+        # scaler halves its scale. In other dtypes that scale is 1, and it is an error.
+        overflows = not norm.isfinite()  # waits for the device, so the time below is real
         if not loss.isfinite() or (overflows and scaler.get_scale() <= 1):
             raise InputError(f"step {step + 1} has a loss of {loss} and a gradient of norm {norm}: "
                              "lower the learning_rate; the last checkpoint is as it was")
@@ -418,6 +442,7 @@ if __name__ == "__main__":
         bar.update()
         if step == 0 or (step + 1) % o.log_interval == 0 or o.overfit:
             tok_per_s = (step + 1 - logged_step) * tokens_per_step / seconds
+            # model FLOPs utilization: the share of the matmul peak that was used
             mfu = tok_per_s * flops_per_token(model, o.block_size) / (peak * ranks.world_size())
             run.log(step=step + 1, tokens=(step + 1) * tokens_per_step, loss=loss.item(), lr=lr,
                     norm=norm.item(), tok_per_s=tok_per_s, mfu=mfu)
@@ -435,6 +460,7 @@ if __name__ == "__main__":
         if loss >= OVERFIT_LOSS:
             raise InputError(f"{OVERFIT_LOSS} was not reached: try more max_iters, or another "
                              "learning_rate")
-    ranks.barrier(device)  # a rank that ended would take down one that saves
+    ranks.barrier(device)  # until rank 0 has saved: torchrun ends all when one of them ends
     ranks.stop()
-    sys.exit(128 + stop_signal if stop_signal else 0)
+    if stop_signal:
+        sys.exit(128 + stop_signal)  # as a shell tells of it

@@ -34,8 +34,8 @@ def one_line_errors(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+def in_one_line(error: Exception) -> str:
+    return " ".join((str(error) or repr(error)).split())[:500]
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def reading(what, hint: str = ""):
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what}: can't be read: {first_line(error)[:500]}{hint}") from error
+        raise InputError(f"{what}: can't be read: {in_one_line(error)}{hint}") from error
 
 
 def difference(o, other) -> dict:

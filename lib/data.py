@@ -359,17 +359,17 @@ def window_order(seed: int, epoch: int, window: int, size: int):
     return np.random.default_rng((seed, epoch, window)).permutation(size)
 
 
-def block_at(seed: int, sequence_number: int, num_blocks: int, window_size: int) -> int:
-    """The block of tokens that training reads as this sequence, counted from 0.
+def block_at(seed: int, sequence: int, num_blocks: int, blocks_per_window: int) -> int:
+    """The block of tokens that a run reads as its sequence of that number, counted from 0.
 
-    Every block comes once an epoch: window after window, each of window_size blocks, and within a
-    window in an order that seed and epoch fix. It is a pure function, so there is no sampler's
-    state to lose; and where more windows are there, the order in the first ones stays as it is.
+    Every block comes once an epoch: window after window, and within a window in an order that seed
+    and epoch fix. It is a pure function, so there is no sampler's state to lose; and where more
+    windows are there, the order in the first ones stays as it is.
     """
-    epoch, block = divmod(sequence_number, num_blocks)
-    window, place = divmod(block, window_size)
-    start = window * window_size
-    size = min(window_size, num_blocks - start)
+    epoch, block = divmod(sequence, num_blocks)
+    window, place = divmod(block, blocks_per_window)
+    start = window * blocks_per_window
+    size = min(blocks_per_window, num_blocks - start)
     return start + int(window_order(seed, epoch, window, size)[place])
 
 

@@ -26,7 +26,8 @@ ONEDNN_BFLOAT16 = (platform.machine() in ("x86_64", "AMD64")
 
 def avoid_onednn():
     """For this process, from now on: torch calls oneDNN only where it is told to, as few_rows does.
-    For a single row in bfloat16, torch's own kernel takes half as long (AMD's Zen 4 and Zen 5)."""
+    For a single row in bfloat16, torch's own kernel takes half as long (AMD's Zen 4 and Zen 5).
+    Not for a compiled step, which can't call oneDNN by name for several rows."""
     if ONEDNN_BFLOAT16:
         torch.backends.mkldnn.enabled = False
 
@@ -88,13 +89,13 @@ def for_few_rows(model: SmolLM) -> SmolLM:
 
 
 class StaticKVCache(KVCache):
-    """Every step after the first reads all slots, under a mask. So no shape changes from step to
-    step, and one compiled graph serves all."""
+    """Every step after the first reads the whole cache, under a mask. So no shape changes from
+    step to step, and one compiled graph serves all."""
     def advance(self, T: int):
         self.reads_all = self.length > 0
         mask = super().advance(T)
         if self.reads_all:
-            mask = self.slots <= self.position[:, None]  # (T, max_length)
+            mask = self.positions <= self.position[:, None]  # (T, max_length)
         return mask
 
     def update(self, layer: int, k, v):

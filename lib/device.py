@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from lib.cli import first_line
+from lib.cli import in_one_line
 from smollm import InputError, SmolLM
 
 
@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=name).item()  # a device may exist and have no values, as 'meta'
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} can't be used here: {first_line(error)}") from None
+        raise InputError(f"device {name!r} can't be used here: {in_one_line(error)}") from None
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

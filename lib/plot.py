@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
-
 from lib.files import write_whole
 from smollm import InputError
 
@@ -25,6 +22,8 @@ def read_curve(path: Path) -> list[dict]:
 def plot(curves: dict[str, list[dict]], picture: Path):
     """Draw training loss, validation loss and learning rate over the tokens read, by run: the
     name of each, and the entries of its metrics.jsonl."""
+    from matplotlib.figure import Figure  # which takes a while
+    from matplotlib.ticker import EngFormatter
     figure = Figure(figsize=(8, 5), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for number, (name, curve) in enumerate(curves.items()):
