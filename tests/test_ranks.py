@@ -1,0 +1,148 @@
+"""Several processes train together, as torchrun starts them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.run import load_checkpoint
+from test_smollm import TINY, ids_of, make
+from tests.helpers import ROOT, STEADY, free_port, losses_in, train_here
+
+
+def test_two_ranks_give_the_losses_of_one(tiny, corpus, tmp_path):
+    """The same batches are shared out; the sums are of other order, so float32 rounds
+    otherwise."""
+    options = (*STEADY, "--dtype=float32", "--gradient_accumulation_steps=4", "--max_iters=20",
+               f"--dataset={corpus}", f"--init_from={tiny}")
+    losses = {}
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        train_here(folder, *options, world_size=world_size)
+        losses[world_size] = losses_in(folder)
+    assert len(losses[1]) == 20
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    begun_alone = tmp_path / "begun alone"
+    shutil.copytree(tmp_path / "1", begun_alone)
+    out = begun_alone / "out"
+    os.replace(out / "ckpt-previous.pt", out / "ckpt.pt")  # of step 10
+    train_here(begun_alone, "--init_from=resume", world_size=2)
+    assert losses_in(begun_alone) == pytest.approx(losses[1], rel=1e-5)
+
+
+RANK = """
+import torch, train
+from contextlib import nullcontext
+from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from smollm import Config, SmolLM
+
+calls = []
+
+def counted(group, bucket):
+    calls.append(bucket)
+    return allreduce_hook(group, bucket)
+
+distributed.init_process_group("gloo")
+x, y, config, weights = torch.load("given.pt")
+rank = distributed.get_rank()
+model = SmolLM(Config(**config))
+model.load_state_dict(weights)
+batches = [(x[i:i + 2], y[i:i + 2]) for i in (4 * rank, 4 * rank + 2)]
+ddp = torch.nn.parallel.DistributedDataParallel(train.Loss(model))
+scaler = torch.amp.GradScaler("cpu", enabled=False)
+ddp.register_comm_hook(None, counted)
+loss = train.accumulate(ddp, batches, nullcontext(), scaler)
+assert len(calls) == 1  # the ranks meet once, after the last micro-batch
+torch.save((loss, [p.grad for p in model.parameters()]), f"{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_distributed_loss_and_gradient_are_the_mean_over_all_valid_tokens(tmp_path):
+    """Four micro-batches of 2 sequences, unevenly masked, on two ranks and on one."""
+    ids = ids_of(8, 21)
+    x = ids[:, :-1]
+    y = ids[:, 1:].clone()
+    y[0, 3:] = -100
+    y[2:5] = -100
+    torch.save((x, y, asdict(TINY), make(TINY).state_dict()), tmp_path / "given.pt")
+    (tmp_path / "rank.py").write_text(RANK)
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+             "PYTHONPATH": str(ROOT)}
+    processes = []
+    for rank in "01":
+        processes.append(subprocess.Popen([sys.executable, "rank.py"], cwd=tmp_path,
+                                          env=os.environ | where | {"RANK": rank}))
+    assert [process.wait(100) for process in processes] == [0, 0]
+    model = make(TINY)
+    _, loss = model(x, targets=y)
+    loss.backward()
+    for rank in "01":
+        found, gradients = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found, loss.detach(), rtol=1e-6, atol=0)
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
+
+
+# ---- torchrun itself
+
+
+def torchrun(cwd, *options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               f"--master_port={free_port()}", ROOT / "train.py", *options]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def begin_torchrun(cwd, *options) -> tuple[subprocess.Popen, list[int]]:
+    """torchrun after the first steps of training, and the numbers of its processes."""
+    process = torchrun(cwd, *options)
+    line = ""
+    while not line.startswith("step 3 |"):
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, [int(pid) for pid in children]
+
+
+@pytest.fixture
+def long_run(tiny, corpus) -> tuple[str, ...]:
+    """Options of a run on two ranks that goes on until it is stopped."""
+    return (*STEADY, "--dtype=float32", "--gradient_accumulation_steps=2",
+            "--max_iters=100000", "--eval_interval=100000", f"--dataset={corpus}",
+            f"--init_from={tiny}")
+
+
+def test_torchrun_saves_on_sigterm(long_run, tmp_path):
+    process, _ = begin_torchrun(tmp_path, *long_run)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    saved = int(re.search(r"step (\d+) \| saved", out)[1])
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == saved >= 3
+
+
+def test_torchrun_ends_with_a_dead_rank(long_run, tmp_path):
+    process, pids = begin_torchrun(tmp_path, *long_run)
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not Path(f"/proc/{pids[0]}").exists()
+
+
+def test_ranks_share_the_micro_batches_evenly_or_say_why_not(long_run, tmp_path):
+    process = torchrun(tmp_path, *long_run, "--gradient_accumulation_steps=3")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert ("error: gradient_accumulation_steps is 3, it must be a multiple of torchrun's 2 "
+            "processes") in errors

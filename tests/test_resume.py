@@ -1,0 +1,190 @@
+"""A run that stops and goes on comes to what a run comes to that did not stop, to the last bit.
+
+That holds under --schedule=constant, which these runs have, or if max_iters stays the same: other
+schedules depend on max_iters.
+"""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from lib import data
+from lib.run import load_checkpoint
+from tests.helpers import (
+    SMALL,
+    STEADY,
+    differences,
+    losses_of,
+    outcome,
+    run,
+    train_here,
+    write_tiny,
+)
+
+VARIANTS = {  # ranks, options
+    "plain": (1, "--dtype=float32"),
+    "AdamW": (1, "--dtype=float32", "--optimizer=adamw"),
+    "AdamW in float16 on two ranks": (
+        2, "--dtype=float16", "--optimizer=adamw", "--gradient_accumulation_steps=2"),
+    "accumulation": (1, "--dtype=float32", "--gradient_accumulation_steps=4"),
+    "two ranks": (2, "--dtype=float32", "--gradient_accumulation_steps=2"),
+    "bfloat16": (1, "--dtype=bfloat16"),
+    "float16": (1, "--dtype=float16"),
+}
+
+
+def check_exactness(folder, options, steps: tuple[int, int, int], world_size=1):
+    """That a run, the same in two parts and the same in three come to the same."""
+    first, second, last = steps
+    for name in ("straight", "once"):
+        (folder / name).mkdir()
+    straight, once, twice = folder / "straight", folder / "once", folder / "twice"
+    train_here(straight, *options, f"--max_iters={last}", world_size=world_size)
+    train_here(once, *options, f"--max_iters={first}", world_size=world_size)
+    shutil.copytree(once, twice)
+    for where, until in ((once, last), (twice, second), (twice, last)):
+        train_here(where, "--init_from=resume", f"--max_iters={until}", world_size=world_size)
+    expected = outcome(straight)
+    assert differences(outcome(once), expected) == []
+    assert differences(outcome(twice), expected) == []
+    assert len([name for name in expected if name[-1] == "loss"]) == last
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resuming_is_exact_under_a_constant_schedule(variant, tiny, corpus, tmp_path):
+    """30 steps, 10 + 20 and 10 + 10 + 10, whose checkpoints are all at evaluations."""
+    world_size, *options = VARIANTS[variant]
+    options = (*STEADY, *options, f"--dataset={corpus}", f"--init_from={tiny}")
+    check_exactness(tmp_path, options, (10, 20, 30), world_size)
+
+
+def test_resuming_is_exact_compiled_under_a_constant_schedule(tokenizer, corpus, tmp_path):
+    """12 steps, 4 + 8 and 4 + 4 + 4, of a model of one layer."""
+    write_tiny(tmp_path / "one.pt", tokenizer, num_hidden_layers=1)
+    options = (*STEADY, "--dtype=float32", "--compile=True", "--eval_interval=4",
+               f"--dataset={corpus}", f"--init_from={tmp_path / 'one.pt'}")
+    check_exactness(tmp_path, options, (4, 8, 12))
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_resuming_is_exact_under_any_schedule_if_max_iters_stays(
+        schedule, tiny, corpus, tmp_path):
+    """The checkpoint of step 10, amid the run, is that of a run that is killed after it."""
+    options = (*STEADY, f"--schedule={schedule}", "--dtype=float32", "--max_iters=20",
+               f"--dataset={corpus}", f"--init_from={tiny}")
+    train_here(tmp_path, *options)
+    expected = outcome(tmp_path)
+    out = tmp_path / "out"
+    assert load_checkpoint(out / "ckpt-previous.pt")["step"] == 10
+    os.replace(out / "ckpt-previous.pt", out / "ckpt.pt")
+    train_here(tmp_path, "--init_from=resume")
+    assert differences(outcome(tmp_path), expected) == []
+
+
+def small_windows():
+    """Windows of 8 steps."""
+    data.WINDOW = 1024
+    data.BATCH = 2
+
+
+def test_resuming_is_exact_when_more_windows_or_fewer_are_read(tiny, corpus, tmp_path):
+    """10 steps read two windows, 30 read four."""
+    for name in ("straight", "parts"):
+        (tmp_path / name).mkdir()
+    options = [option for option in STEADY if "max_tokens" not in option]
+    options += ["--dtype=float32", f"--dataset={corpus}", f"--init_from={tiny}"]
+
+    def train_in(name, *options):
+        train_here(tmp_path / name, *options, before=small_windows)
+
+    train_in("straight", *options, "--max_iters=30")
+    train_in("parts", *options, "--max_iters=10")
+    path = tmp_path / "parts" / "out" / "ckpt.pt"
+    assert len(load_checkpoint(path)["data"]) == 2
+    train_in("parts", "--init_from=resume", "--max_iters=30")
+    assert len(load_checkpoint(path)["data"]) == 4
+    assert differences(outcome(tmp_path / "parts"), outcome(tmp_path / "straight")) == []
+    # the checkpoint of step 20, which would have read four
+    os.replace(path.with_name("ckpt-previous.pt"), path)
+    train_in("parts", "--init_from=resume", "--max_iters=21")
+
+
+def test_resuming_on_other_data_is_refused(tiny, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "texts")
+    train_here(tmp_path, *STEADY, "--dataset=texts", f"--init_from={tiny}", "--max_iters=4")
+    (tmp_path / "texts" / "one_more.txt").write_text("a text")
+    result = run(tmp_path, "train.py", "--init_from=resume", "--max_iters=6")
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "error: dataset 'texts' is not what it was when out/ckpt.pt was saved")
+
+
+def test_resuming_keeps_the_options(trained, corpus, tmp_path):
+    whole = losses_of((trained / "log.txt").read_text())
+    begin = run(tmp_path, "train.py", *SMALL, f"--dataset={corpus}", "--eval_interval=4",
+                "--sample_prompt=")
+    assert begin.returncode == 0, begin.stderr
+    assert losses_of(begin.stdout) == whole  # evaluating and saving more often changes nothing
+    refused = run(tmp_path, "train.py", "--init_from=resume", "--learning_rate=1e-3")
+    assert refused.returncode == 1
+    assert "learning_rate is 0.002" in refused.stderr
+    more = run(tmp_path, "train.py", "--init_from=resume", "--max_iters=14")
+    assert more.returncode == 0, more.stderr
+    assert "max_iters: 12 -> 14" in more.stdout
+    assert list(losses_of(more.stdout)) == [13, 14]
+
+
+def test_a_preset_s_options_do_not_come_back_when_its_run_resumes(trained, tmp_path):
+    """The checkpoint's options hold, not those that are best for nano, nor the defaults."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = load_checkpoint(tmp_path / "out" / "ckpt.pt")["options"]
+    train_here(tmp_path, "--init_from=resume", "--max_iters=13")
+    after = load_checkpoint(tmp_path / "out" / "ckpt.pt")["options"]
+    assert after == before | {"init_from": "resume", "max_iters": 13}
+
+
+# ---- Each item of the state is needed
+
+
+def without_moments(checkpoint):
+    for state in checkpoint["optimizers"][0]["state"].values():
+        state["exp_avg_sq"].zero_()
+
+
+def without_momentum(checkpoint):
+    for state in checkpoint["optimizers"][1]["state"].values():
+        state["momentum"].zero_()
+
+
+def without_steps(checkpoint):
+    for state in checkpoint["optimizers"][0]["state"].values():
+        state["step"].zero_()
+
+
+DAMAGES = {
+    "AdamW's moments": without_moments,
+    "Muon's momentum": without_momentum,
+    "AdamW's step": without_steps,
+    "RNG": lambda checkpoint: checkpoint["rng"]["cpu"][100:200].zero_(),
+    "scaler": lambda checkpoint: checkpoint["scaler"].update(scale=2.0),
+    "curve": lambda checkpoint: checkpoint["curve"].pop(0),
+    "position": lambda checkpoint: checkpoint.update(step=9),
+    "nothing": lambda checkpoint: None,
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_no_item_of_state_can_be_left_out(what, steady, tmp_path):
+    """The run that goes on ends like the straight one only if its checkpoint had all."""
+    shutil.copytree(steady, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out" / "ckpt.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    DAMAGES[what](checkpoint)
+    torch.save(checkpoint, path)
+    train_here(tmp_path, "--init_from=resume", "--max_iters=20")
+    expected = outcome(steady / "straight")
+    found = outcome(tmp_path)
+    is_whole = expected.keys() == found.keys() and differences(found, expected) == []
+    assert is_whole == (what == "nothing")
