@@ -4,7 +4,7 @@ from tests.helpers import ROOT, run
 
 
 def test_faults_lose_nothing():
-    result = run(ROOT, "tests/stress/faults.py", "--kills=2", "--moments=3", "--terms=1",
+    result = run(ROOT, "tests/stress/faults.py", "--kills=1", "--moments=2", "--terms=1",
                  "--disks=1", "--flips=100")
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(result.stdout.splitlines()) == 5
