@@ -63,6 +63,7 @@ ddp.register_comm_hook(None, counted)
 loss = train.accumulate(ddp, batches, nullcontext(), scaler)
 assert len(calls) == 1  # the ranks meet once, after the last micro-batch
 torch.save((loss, [p.grad for p in model.parameters()]), f"{rank}.pt")
+del ddp  # which holds on to the group, whose threads must end before the process does
 distributed.destroy_process_group()
 """
 

@@ -315,11 +315,11 @@ def slow_down():
 
     def slow_forward(self, input_ids, targets=None, cache=None):
         if targets is not None and not torch.is_grad_enabled():
-            time.sleep(3 * PAUSE)
+            time.sleep(2 * PAUSE)
         return forward(self, input_ids, targets, cache)
 
     def slow_save(*arguments, **more):
-        time.sleep(3 * PAUSE)
+        time.sleep(2 * PAUSE)
         return save(*arguments, **more)
 
     torch.optim.AdamW.step = slow_step
@@ -331,7 +331,7 @@ def test_tokens_per_second_and_mfu_are_those_of_the_steps_alone(tiny, corpus, tm
     """Steps that pause for long can't be faster than their pauses, whatever the machine does.
     Evaluations and saves, which pause longer, do not count."""
     options = (*STEADY, f"--dataset={corpus}", f"--init_from={tiny}", "--dtype=float32",
-               "--max_iters=4", "--eval_interval=2", "--log_interval=2")
+               "--max_iters=4", "--eval_interval=1", "--log_interval=2")
     result = train_here(tmp_path, *options, before=slow_down)
     curve = read_curve(tmp_path / "out" / "metrics.jsonl")
     entries = [entry for entry in curve if "loss" in entry]
