@@ -60,12 +60,16 @@ class Source:
         is_id = self.dataset.count("/") == 1 and path.suffix not in LOCAL
         return not path.exists() and (self.dataset in HUB or is_id)
 
+    @property
+    def hint(self) -> str:
+        """What to do when it can't be read."""
+        if not self.is_on_hub:
+            return ""
+        return ("; see --dataset_config and --text_column, or do without the Hub: give a file or "
+                "folder of your own, --dataset=PATH")
+
     def reading(self):
-        hint = ""
-        if self.is_on_hub:
-            hint = ("; see --dataset_config and --text_column, or do without the Hub: give a file "
-                    "or folder of your own, --dataset=PATH")
-        return reading(f"dataset {self.dataset!r}", hint)
+        return reading(f"dataset {self.dataset!r}", self.hint)
 
 
 # ---- Documents: streams of the library datasets, whose place can be saved and found again
@@ -317,7 +321,7 @@ def prepare_data(source: Source, tokenizer: Tokenizer | None, vocab_size: int,
     name = Path(source.dataset).resolve().name
     Path("data").mkdir(exist_ok=True)
     if tokenizer is None and source.is_on_hub and vocab_size >= HUB_VOCAB:
-        with source.reading():
+        with reading(f"tokenizer {HUB_TOKENIZER}", source.hint):
             tokenizer = load_tokenizer(HUB_TOKENIZER)
     if tokenizer is None:
         path = Path("data", f"{name}-{sha256(repr((identity, vocab_size)))[:12]}.json")

@@ -18,7 +18,7 @@ def write_whole(path: Path, keep_as: Path | None = None):
     When that is done it is synced to the disk and renamed. So whatever dies, and whenever, path is
     whole, or as it was. With keep_as, what was at path gets that name just before.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.unfinished")
     remove(temporary)  # of a process that was killed
     try:
         yield temporary

@@ -136,7 +136,7 @@ def test_data_is_prepared_once_and_again_only_when_it_changed(corpus, here):
         assert prepare(corpus, given, 9, vocab_size=500).folder == tokens.folder
     assert state_of(here / "data") == made
     assert prepare(corpus, None, vocab_size=501).folder != tokens.folder
-    assert not list((here / "data").rglob("*.tmp"))
+    assert not list((here / "data").rglob("*.unfinished"))
 
 
 def test_data_is_prepared_again_when_a_file_has_changed(here):

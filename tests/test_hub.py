@@ -21,13 +21,14 @@ def test_a_model_that_the_hub_cannot_give_is_one_line(tmp_path):
 def test_a_dataset_that_the_hub_cannot_give_is_one_line(tmp_path):
     """As unplugged, for a model that has the Hub's tokenizer; and if told so, at once."""
     told_so = {"HF_HUB_OFFLINE": "1"}
-    for model, environment, said in (("smollm2-135m", {}, "onnect"),
-                                     ("nano", told_so, "HuggingFaceTB/smollm-corpus")):
+    for model, environment, what, said in (
+            ("smollm2-135m", {}, "tokenizer HuggingFaceTB/cosmo2-tokenizer", "onnect"),
+            ("nano", told_so, "dataset 'cosmopedia'", "HuggingFaceTB/smollm-corpus")):
         result = run(tmp_path, "train.py", "--dataset=cosmopedia", f"--model={model}",
                      **offline(tmp_path), **environment)
         assert result.returncode == 1
         error = result.stderr.splitlines()[-1]
-        assert error.startswith("error: dataset 'cosmopedia': can't be read: ")
+        assert error.startswith(f"error: {what}: can't be read: ")
         assert said in error
         assert error.endswith("give a file or folder of your own, --dataset=PATH")
         assert "Traceback" not in result.stderr

@@ -184,7 +184,7 @@ def go_on_after(folder: Path, base: Path, fault, exitcode: int, tally: Tally,
     saved = max(newest_step(base), last_saved(result.stdout))
     tally.check(NOTHING_LOST, newest_step(trial) >= saved)
     if exitcode > 0:  # it had the time to clean up
-        tally.check("no temporary file left", not list(trial.rglob("*.tmp")))
+        tally.check("no temporary file left", not list(trial.rglob("*.unfinished")))
     code = start(trial, []).wait().returncode
     tally.check(SAME_LOSSES, code == 0 and losses(trial) == expected)
     return result.stderr
@@ -226,7 +226,7 @@ class Steps:
         create = self.dying("create", self.create)
 
         def open_file(path, *args, **kwargs):
-            if str(path).endswith("ckpt.pt.tmp"):
+            if str(path).endswith("ckpt.pt.unfinished"):
                 return create(path)
             return self.open(path, *args, **kwargs)
 
