@@ -28,9 +28,9 @@ Here B sequences of T tokens go through SmolLM-135M:
         |
       head                              (B, T, 49152)  logits: x times embed_tokens, transposed
 
-Modules have the names of the published checkpoints, so state dicts load in HuggingFace's
-transformers unchanged, and the other way round. The model needs only torch; safetensors, tokenizers
-and huggingface_hub are imported where files are read and written.
+Modules have the names of the published checkpoints, so HuggingFace's transformers reads our files
+unchanged, and we read theirs. The model needs only torch; safetensors, tokenizers and
+huggingface_hub are imported where files are read and written.
 """
 
 import json
@@ -77,7 +77,7 @@ class Config:
     intermediate_size: int = 1536  # width inside the MLP
     num_hidden_layers: int = 30
     num_attention_heads: int = 9  # query heads
-    num_key_value_heads: int = 3  # each serves num_attention_heads / num_key_value_heads queries
+    num_key_value_heads: int = 3  # each serves several query heads, here 3
     max_position_embeddings: int = 8192  # the context, in tokens
     rope_theta: float = 1e5
     rms_norm_eps: float = 1e-5
@@ -229,9 +229,9 @@ def rope_table(position, head_dim: int, base: float):
     (T, D) float32, of the angles by which queries and keys at position (T,) are turned.
 
     Component i is paired with i + D/2, and the pair turns by position * base^(-2i/D). The paper
-    pairs neighbours, 2i and 2i + 1; HF's order differs in the rows of q_proj and k_proj alone. The
-    angles are made anew in every forward pass: a buffer would be rounded by model.to(bfloat16),
-    which can't represent a position such as 257.
+    pairs neighbours, 2i and 2i + 1, which is the same up to the order of q_proj's and k_proj's
+    rows. The angles are made anew in every forward pass: as a buffer, model.to(bfloat16) would
+    round them, which is wrong at far positions. Only cos and sin may be rounded.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position[:, None].float() * (1.0 / base**exponent)  # (T, D/2)
@@ -414,8 +414,8 @@ class SmolLM(nn.Module):
         if cache is None:
             cache = KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
-        for _ in range(max_new_tokens):
-            if step is None:  # the prompt at first; later the new column, as the cache has the rest
+        for _ in range(max_new_tokens):  # input_ids: the prompt at first, then the newest column
+            if step is None:
                 logits, _ = self(input_ids, cache=cache)
             else:
                 logits = step(input_ids, cache)
@@ -514,7 +514,7 @@ class KVCache:
     def update(self, layer: int, k, v):
         """Write k and v (B, H_kv, T, D) of the current tokens. Returns the layer's keys and values
         up to there, (B, H_kv, S, D)."""
-        # as keys[:, :, start:end] = k, but a compiled step needs no new graph for each position
+        # keys[:, :, start:end] = k, with the position in a tensor, as lib/decode.py compiles it
         keys = self.keys[layer].index_copy_(2, self.position, k.to(self.dtype))
         values = self.values[layer].index_copy_(2, self.position, v.to(self.dtype))
         return keys[:, :, :self.length], values[:, :, :self.length]
@@ -523,8 +523,8 @@ class KVCache:
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw ids (B, 1) from logits (B, V).
 
-    temperature 0 takes the likeliest. top_k draws among so many likeliest, top_p among the fewest
-    that have this probability together (Holtzman et al. 2019, arXiv:1904.09751); None: among all.
+    temperature 0 takes the likeliest. top_k draws among the k likeliest (and ties), top_p among the
+    fewest whose probabilities reach p (Holtzman et al. 2019, arXiv:1904.09751); None: all.
     """
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature is {temperature}, it must be 0 (greedy) or positive")
@@ -534,8 +534,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         raise InputError(f"top_p is {top_p}, it must be above 0 and at most 1")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no quotient overflows
-    logits = logits / max(temperature, 1e-30)
+    logits = logits - logits.amax(-1, keepdim=True)  # at most 0, so never inf below
+    logits = logits / max(temperature, 1e-30)  # a smaller one may be 0 in float32
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

@@ -88,7 +88,7 @@ OVERFIT_LOSS = 0.05  # near zero
 
 def parse_options() -> tuple[Options, str]:
     """The options, and a line that says where they come from. The command line is read twice:
-    --model chooses the defaults, and what else it says goes before them."""
+    --model chooses the defaults, which the rest of it overrides."""
     o = cli.parse(Options, __doc__)
     if o.init_from != "scratch":
         return o, f"options: {cli.spell(cli.difference(o, Options()))}"
@@ -179,7 +179,7 @@ def accumulate(loss_model, batches: list, autocast, scaler) -> torch.Tensor:
     """The backward pass through the micro-batches [(x, y), ...] of a step. Afterwards .grad is the
     gradient of the mean loss over all targets of all ranks. Returns this mean, on the device.
 
-    Targets of -100 don't count. get_batch makes none, but fine-tuning does.
+    Targets of -100 don't count. get_batch makes none; a fine-tuning script of yours may.
     """
     world_size = ranks.world_size()
     num_targets = ranks.all_reduce(sum((y != -100).sum() for _, y in batches))
@@ -187,8 +187,8 @@ def accumulate(loss_model, batches: list, autocast, scaler) -> torch.Tensor:
     for i, (x, y) in enumerate(batches):
         sync = nullcontext()
         if world_size > 1 and i < len(batches) - 1:
-            sync = loss_model.no_sync()  # the ranks add up their gradients once, after the last
-        with sync, autocast:
+            sync = loss_model.no_sync()  # the ranks average their gradients once, after the last
+        with sync, autocast:  # no_sync acts in the forward pass
             loss = loss_model(x, y) * ((y != -100).sum() / num_targets)
         scaler.scale(loss * world_size).backward()  # DistributedDataParallel averages over ranks
         total += loss.detach()
@@ -297,7 +297,7 @@ if __name__ == "__main__":
     source = Source(o.dataset, o.dataset_config, o.text_column)
     data = prepare_data(source, tokenizer, config.vocab_size, num_windows)
     tokenizer = data.tokenizer
-    window_counts = data.meta["windows"][:num_windows]  # tokens, up to the end of each window
+    window_counts = data.meta["windows"][:num_windows]  # a dict each: totals up to its end
     if o.init_from == "resume":
         run.check_data(checkpoint["data"], window_counts, o.dataset)
     elif o.init_from == "scratch":
@@ -373,7 +373,7 @@ if __name__ == "__main__":
                                  "learning_rate; the last checkpoint is as it was")
             if not stop_signal:  # else save at once
                 val_loss = evaluate(loss_model, val_batches, autocast)
-                perplexity = math.exp(min(val_loss, 99))  # a larger one would overflow
+                perplexity = math.exp(min(val_loss, 99))  # of a loss above 709, exp overflows
                 tokens_per_byte = window_counts[0]["val"] / window_counts[0]["val_bytes"]
                 bits_per_byte = val_loss / math.log(2) * tokens_per_byte
                 run.log(step=step, tokens=step * tokens_per_step, val_loss=val_loss,
@@ -460,7 +460,7 @@ if __name__ == "__main__":
         if loss >= OVERFIT_LOSS:
             raise InputError(f"{OVERFIT_LOSS} was not reached: try more max_iters, or another "
                              "learning_rate")
-    ranks.barrier(device)  # until rank 0 has saved: torchrun ends all when one of them ends
+    ranks.barrier(device)  # until rank 0 has saved: torchrun ends all once one exits non-zero
     ranks.stop()
     if stop_signal:
         sys.exit(128 + stop_signal)  # as a shell tells of it
