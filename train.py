@@ -294,8 +294,8 @@ if __name__ == "__main__":
     else:
         steps = 1 if o.overfit else o.max_iters
         num_windows = math.ceil(steps * sequences_per_step / blocks_per_window)
-    source = Source(o.dataset, o.dataset_config, o.text_column)
-    data = prepare_data(source, tokenizer, config.vocab_size, num_windows)
+    text_source = Source(o.dataset, o.dataset_config, o.text_column)
+    data = prepare_data(text_source, tokenizer, config.vocab_size, num_windows)
     tokenizer = data.tokenizer
     window_counts = data.meta["windows"][:num_windows]  # a dict each: totals up to its end
     if o.init_from == "resume":
