@@ -132,8 +132,15 @@ def make_step(model: SmolLM, compiled: bool):
         x = model.model(input_ids, cache.position, mask, cache)  # (B, 1, C)
         return model.head(x)
 
-    graph = torch.compile(one_token, fullgraph=True, dynamic=False,
-                          mode="reduce-overhead" if is_cuda else None)
+    if is_cuda:
+        settings = {"mode": "reduce-overhead"}
+    else:
+        # The modules never change, so there is no need to look at them before each token. As other
+        # models have others, this graph must not be taken for theirs: it has code of its own.
+        one_token.__code__ = one_token.__code__.replace()
+        skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        settings = {"options": {"guard_filter_fn": skip}}
+    graph = torch.compile(one_token, fullgraph=True, dynamic=False, **settings)
 
     def compiled_step(input_ids, cache):
         if cache.length == 0 or input_ids.size(1) > 1:
