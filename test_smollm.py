@@ -390,12 +390,14 @@ def test_smollm_py_alone_loads_a_model_and_generates(tmp_path, tokenizer):
 # ---- Causal, with a cache and without
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("pieces", [[41], [1] * 41, [7, 1, 20, 1, 12], [1, 40]], ids=str)
-def test_cached_logits_equal_uncached(config, pieces):
+PIECES = [[41], [1] * 41, [7, 1, 20, 1, 12], [1, 40]]  # in which 41 tokens are fed
+
+
+def check_cache(cache_class, config, pieces):
+    """Fed in pieces, a prompt has the logits that it has without a cache."""
     model = make(config)
     ids = ids_of(2, 41)
-    cache = KVCache(config, 2, 50)
+    cache = cache_class(config, 2, 50)
     with torch.no_grad():
         expected = model(ids)[0]
         end = 0
@@ -406,6 +408,12 @@ def test_cached_logits_equal_uncached(config, pieces):
             torch.testing.assert_close(logits, expected[:, end - 1:end], rtol=0, atol=1e-4)
         with pytest.raises(InputError, match="room for 50 tokens"):
             model(ids[:, :10], cache=cache)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+def test_cached_logits_equal_uncached(config, pieces):
+    check_cache(KVCache, config, pieces)
 
 
 def test_a_cache_forgets_what_came_after_its_length():

@@ -8,8 +8,8 @@ import torch
 
 from lib import decode
 from lib.decode import StaticKVCache, avoid_onednn, make_cache, make_step
-from smollm import InputError, KVCache
-from test_smollm import CONFIGS, LLAMA_AND_SMOLLM3, TINY, ids_of, make
+from smollm import KVCache
+from test_smollm import CONFIGS, LLAMA_AND_SMOLLM3, PIECES, TINY, check_cache, ids_of, make
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -57,21 +57,9 @@ def test_a_step_has_the_very_parameters_of_the_model():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("pieces", [[41], [1] * 41, [7, 1, 20, 1, 12], [1, 40]], ids=str)
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
 def test_a_static_cache_gives_the_logits_of_none(config, pieces):
-    model = make(config)
-    ids = ids_of(2, 41)
-    cache = StaticKVCache(config, 2, 50)
-    with torch.no_grad():
-        expected = model(ids)[0]
-        end = 0
-        for piece in pieces:
-            end += piece
-            logits, _ = model(ids[:, end - piece:end], cache=cache)
-            assert cache.length == end
-            torch.testing.assert_close(logits, expected[:, end - 1:end], rtol=0, atol=1e-4)
-        with pytest.raises(InputError, match="room for 50 tokens"):
-            model(ids[:, :10], cache=cache)
+    check_cache(StaticKVCache, config, pieces)
 
 
 def test_caches_of_compiled_steps_have_few_sizes():
