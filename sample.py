@@ -8,6 +8,7 @@
 The text goes to stdout; how long it took, to stderr.
 """
 
+import importlib.util
 import signal
 import sys
 import time
@@ -15,23 +16,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from lib import cli, models
-from lib.chat import END, START, SYSTEM, answer_begins, chat_turn
 from lib.decode import avoid_onednn, make_cache, make_step
 from lib.device import pick_device
-from smollm import InputError
+from smollm import InputError, id_list
 
 # ---- Options: the comments are their help
 
 
 @dataclass
 class Options:
-    ckpt: str = "out/ckpt.pt"  # a ckpt.pt of train.py, a HuggingFace directory, or a Hub id
-    prompt: str = ""  # the text to continue; empty: start from the bos token
+    ckpt: cli.PathOrId = "out/ckpt.pt"  # a ckpt.pt of train.py, HuggingFace directory, Hub id, or
+    #                                     GGUF file
+    prompt: str = ""  # the text to continue; empty: start from the bos token; -: read it from stdin
     num_samples: int = 1  # continuations, made together as one batch
-    max_new_tokens: int | None = None  # of each, at most; None: 200, in a chat all that fit
+    max_new_tokens: int | None = None  # of each, at most; None: 200 or what fits, in a chat all
     temperature: float = 0.8  # 0 takes the likeliest token, 1 draws from the model's distribution
     top_k: int | None = None  # draw from so many likeliest tokens
     top_p: float | None = None  # draw from the fewest tokens that have this probability together
@@ -40,42 +40,62 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile a step: slow to begin, then fast; a chat has 2048 tokens
     chat: bool = False  # talk with an instruct model; with a prompt, one answer to it
-    system: str = SYSTEM  # what a chat begins with
+    system: str | None = None  # what a chat begins with; None: what its template has
 
 
 # ---- Completion
 
 
-def stream(tokenizer, ids) -> list[int]:
-    """Print the text of ids as they come, and return ids.
+def stream(tokenizer, ids, before=()) -> list[int]:
+    """Print the text of ids as they come, which go on from the ids before. Returns them.
 
     Bytes are held back until they make a character. Those that never do are shown at the end as
-    U+FFFD, as by decoding all at once.
+    U+FFFD. A token's text may depend on the one before, which in Llama's tokenizers makes a space:
+    so what is decoded begins with tokens that are shown already.
     """
-    decoder = DecodeStream(skip_special_tokens=True)
     seen = []
-    shown = ""
+    window = list(before)
+    shown = tokenizer.decode(window)
+    num_shown = len(window)
     for token in ids:
         seen.append(token)
-        piece = decoder.step(tokenizer, token) or ""
-        shown += piece
-        print(piece, end="", flush=True)
-    print(tokenizer.decode(seen).removeprefix(shown))
+        window.append(token)
+        text = tokenizer.decode(window)
+        if len(text) > len(shown) and not text.endswith("\ufffd"):
+            print(text[len(shown):], end="", flush=True)
+            window = window[num_shown:]
+            shown = tokenizer.decode(window)
+            num_shown = len(window)
+    print(tokenizer.decode(window)[len(shown):])
     return seen
 
 
-def complete(model, tokenizer, o: Options, sampling: dict):
+def until(ends: list[int], ids):
+    """The ids up to the first that is one of the ends."""
+    for token in ids:
+        if token in ends:
+            return
+        yield token
+
+
+def complete(bundle: models.Bundle, o: Options, sampling: dict):
     """Print o.num_samples continuations of o.prompt: one as it is made, several when all are."""
+    model = bundle.model
+    tokenizer = bundle.tokenizer
+    config = model.config
     device = model.model.norm.weight.device
-    max_new_tokens = o.max_new_tokens or 200
-    ids = tokenizer.encode(o.prompt, add_special_tokens=False).ids
+    ids = tokenizer.encode(o.prompt).ids  # with bos, if the tokenizer adds it
     if not ids:
-        ids = [model.config.bos_token_id]
+        ids = id_list(config.bos_token_id)
+    if not ids:
+        raise InputError(f"{o.ckpt} has no bos token to begin with: give a --prompt")
+    room = config.max_position_embeddings - len(ids)
+    max_new_tokens = o.max_new_tokens or max(1, min(200, room))
     input_ids = torch.tensor([ids] * o.num_samples, device=device)
-    length = min(len(ids) + max_new_tokens, model.config.max_position_embeddings)
+    length = min(len(ids) + max_new_tokens, config.max_position_embeddings)
     cache = make_cache(model, o.num_samples, length, o.compile)
-    columns = model.generate(input_ids, max_new_tokens, eos_id=model.config.eos_token_id,
-                             cache=cache, **sampling)
+    ends = id_list(config.eos_token_id)
+    columns = model.generate(input_ids, max_new_tokens, eos_id=ends, cache=cache, **sampling)
     times = [time.perf_counter()]
 
     def rows():
@@ -87,10 +107,12 @@ def complete(model, tokenizer, o: Options, sampling: dict):
 
     if o.num_samples == 1:
         print(o.prompt, end="", flush=True)
-        stream(tokenizer, (row[0] for row in rows()))
+        stream(tokenizer, until(ends, (row[0] for row in rows())), before=ids)
     else:
+        num_shown = len(tokenizer.decode(ids))
         for sample in zip(*rows(), strict=True):
-            print(o.prompt + tokenizer.decode(sample), "-" * 60, sep="\n")
+            text = tokenizer.decode(ids + list(until(ends, sample)))
+            print(o.prompt + text[num_shown:], "-" * 60, sep="\n")
 
     milliseconds = 1000 * (times[1] - times[0])
     print(f"prefill: {len(ids)} tokens in {milliseconds:.0f} ms", file=sys.stderr)
@@ -107,47 +129,64 @@ def complete(model, tokenizer, o: Options, sampling: dict):
 # ---- Chat
 
 
-def converse(model, tokenizer, o: Options, sampling: dict):
-    """A conversation in ChatML. /reset forgets all, end-of-file leaves.
+def read_line() -> str | None:
+    """What the user says next; None: nothing more. A terminal can edit it, and has a history."""
+    if sys.stdin is None:
+        return None
+    if sys.stdin.isatty() and importlib.util.find_spec("readline"):  # Windows has none
+        import readline  # noqa: F401 (input then uses it)
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
 
-    The KV cache holds what was said, so a turn processes its new tokens only.
+
+def converse(bundle: models.Bundle, o: Options, sampling: dict):
+    """A conversation, written as the model's chat template says. /reset forgets all, end-of-file
+    leaves, Ctrl-C ends an answer.
+
+    The whole conversation is written anew at each turn. But the KV cache keeps what is as before,
+    so a turn processes its new tokens only.
     """
+    from lib import chat  # with jinja, which only a chat needs
+    model = bundle.model
+    tokenizer = bundle.tokenizer
     device = model.model.norm.weight.device
-    end = tokenizer.token_to_id(END)
-    if end is None or tokenizer.token_to_id(START) is None:
-        raise InputError(f"{o.ckpt} has no tokens {START} and {END}: take an instruct "
-                         "model")
+    template, ends = chat.load(tokenizer, model.config, bundle.files, o.ckpt)
+    opening = template.opening(o.system)
     limit = min(model.config.max_position_embeddings, 2048 if o.compile else 8192)
     cache = make_cache(model, 1, limit, o.compile)
-    unread_ids = []  # what the cache does not hold yet: tokens,
-    unread_text = chat_turn("system", o.system)  # and text after them
+    cached_ids = []  # the tokens that it holds
+    messages = list(opening)
     while True:
-        message = o.prompt
-        if not message:
-            try:
-                message = input("> " if sys.stdin.isatty() else "")
-            except EOFError:
-                return
-            if message.strip() == "/reset":
-                cache.length = 0
-                unread_ids = []
-                unread_text = chat_turn("system", o.system)
-                continue
-
-        text = unread_text + chat_turn("user", message) + answer_begins()
-        ids = unread_ids + tokenizer.encode(text, add_special_tokens=False).ids
-        room = limit - cache.length - len(ids)
+        text = o.prompt or read_line()
+        if text is None:
+            return
+        if text.strip() == "/reset" and not o.prompt:
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": text})
+        ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+        room = limit - len(ids)
         is_full = room < 1
-        if not is_full:
-            max_new_tokens = min(room, o.max_new_tokens or room)
-            columns = model.generate(torch.tensor([ids], device=device), max_new_tokens,
-                                     eos_id=end, cache=cache, **sampling)
-            answer = stream(tokenizer, (column.item() for column in columns))
-            is_full = len(answer) == room and answer[-1] != end
-            unread_ids = [answer[-1]]
-            if answer[-1] != end:
-                unread_ids.append(end)  # it was cut off
-            unread_text = "\n"
+        if is_full:
+            messages.pop()
+        else:
+            cache.length = num_equal(cached_ids, ids[:-1])  # at least one is left to be processed
+            cached_ids = ids[:cache.length]
+            columns = model.generate(torch.tensor([ids[cache.length:]], device=device),
+                                     min(room, o.max_new_tokens or room),
+                                     eos_id=ends, cache=cache, **sampling)
+            answer = []
+            try:
+                stream(tokenizer, until(ends, recorded(columns, answer)))
+            except KeyboardInterrupt:
+                print()
+            if answer:
+                cached_ids = ids + answer[:-1]
+            is_full = len(answer) == room and answer[-1] not in ends
+            said = tokenizer.decode(list(until(ends, answer)))
+            messages.append({"role": "assistant", "content": said})
         if is_full and o.prompt:
             raise InputError(f"the context of {limit} tokens is full: shorten the prompt")
         if is_full:
@@ -157,6 +196,21 @@ def converse(model, tokenizer, o: Options, sampling: dict):
             return
 
 
+def recorded(columns, ids: list[int]):
+    """The id in each column (1, 1), which is appended to ids, too."""
+    for column in columns:
+        ids.append(column.item())
+        yield ids[-1]
+
+
+def num_equal(a: list[int], b: list[int]) -> int:
+    """How many ids both begin with."""
+    for i, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return i
+    return min(len(a), len(b))
+
+
 # ---- The script
 
 if __name__ == "__main__":
@@ -164,12 +218,17 @@ if __name__ == "__main__":
     cli.check_range(o, 1, 2**63, "num_samples", "max_new_tokens")
     cli.check_range(o, 0, 2**63, "seed")
     try:
-        (o.prompt + o.system).encode()
+        (o.prompt + (o.system or "")).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"prompt and system must be UTF-8 text: {error}") from None
     sys.stdout.reconfigure(errors="replace")
     if sys.stdin:
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        # newline=None: a line may end with \r\n
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline=None)
+    if o.prompt == "-":
+        if not sys.stdin:
+            raise InputError("prompt is -, but stdin is closed")
+        o.prompt = sys.stdin.read()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # be quiet when `| head` has seen enough
 
@@ -180,15 +239,15 @@ if __name__ == "__main__":
             o.dtype = "bfloat16"
     if not o.compile:
         avoid_onednn()
-    model, tokenizer = models.load(o.ckpt, device, getattr(torch, o.dtype))
+    bundle = models.load(o.ckpt, device, getattr(torch, o.dtype))
     sampling = {
         "temperature": o.temperature,
         "top_k": o.top_k,
         "top_p": o.top_p,
         "generator": torch.Generator(device).manual_seed(o.seed),
-        "step": make_step(model, o.compile),
+        "step": make_step(bundle.model, o.compile),
     }
     if o.chat:
-        converse(model, tokenizer, o, sampling)
+        converse(bundle, o, sampling)
     else:
-        complete(model, tokenizer, o, sampling)
+        complete(bundle, o, sampling)

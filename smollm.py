@@ -53,20 +53,34 @@ class InputError(ValueError):
 # Settings that every SmolLM shares. A config.json with another value is refused.
 FIXED_SETTINGS = {"hidden_act": "silu", "tie_word_embeddings": True,
                   "attention_bias": False, "mlp_bias": False}
-# transformers' defaults, by model_type, for settings that a config.json leaves out. A llama that
-# says nothing of tied embeddings is not tied, so no SmolLM.
+# What transformers takes, by model_type, for settings that a config.json leaves out. A llama that
+# says nothing of tied embeddings is not tied.
 HF_DEFAULTS = {
-    "llama": {"tie_word_embeddings": False, "initializer_range": 0.02,
-              "no_rope_layer_interval": 0, "bos_token_id": 1, "eos_token_id": 2},
-    "smollm3": {"tie_word_embeddings": True, "initializer_range": 0.02,
-                "no_rope_layer_interval": 4, "bos_token_id": 128000, "eos_token_id": 128001},
+    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "rope_theta": 1e4,
+              "rms_norm_eps": 1e-6, "initializer_range": 0.02, "no_rope_layer_interval": 0,
+              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+              "tie_word_embeddings": False},
+    "smollm3": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
+                "rms_norm_eps": 1e-6, "initializer_range": 0.02, "no_rope_layer_interval": 4,
+                "bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004,
+                "tie_word_embeddings": True},
 }
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Settings whose null says something: as many key/value heads as query heads; no such token
+NULL_SETTINGS = ("num_key_value_heads", *TOKEN_IDS)
 
 
 def check_number(name: str, value, kind: type, low, high):
     """InputError unless value is of that kind, int or float, and from low to high."""
     if type(value) not in (int, kind) or not low <= value <= high:
         raise InputError(f"config: {name} is {value!r}, not {kind.__name__} from {low} to {high}")
+
+
+def id_list(ids: int | list[int] | None) -> list[int]:
+    """Token ids as a list: a config.json may state one, several, or null."""
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 @dataclass
@@ -83,8 +97,9 @@ class Config:
     rms_norm_eps: float = 1e-5
     initializer_range: float | None = None  # std of the initial weights; None: 1/sqrt(hidden_size)
     no_rope_layer_interval: int = 0  # SmolLM3: every n-th layer has no RoPE; 0: every layer has it
-    bos_token_id: int = 0
-    eos_token_id: int = 0
+    bos_token_id: int | None = 0  # begins a text
+    eos_token_id: int | list[int] | None = 0  # ends a text; each of a list does; None: nothing does
+    pad_token_id: int | None = None  # for other programs: nothing is padded here
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -96,8 +111,9 @@ class Config:
             check_number(name, getattr(self, name), float, 1e-12, 1e12)
         check_number("num_hidden_layers", self.num_hidden_layers, int, 1, 1000)
         check_number("no_rope_layer_interval", self.no_rope_layer_interval, int, 0, 1000)
-        for name in ("bos_token_id", "eos_token_id"):
-            check_number(name, getattr(self, name), int, 0, self.vocab_size - 1)
+        for name in TOKEN_IDS:
+            for token_id in id_list(getattr(self, name)):
+                check_number(name, token_id, int, 0, self.vocab_size - 1)
         if self.hidden_size % (2 * self.num_attention_heads) != 0:
             raise InputError(f"config: hidden_size is {self.hidden_size}, it must be a multiple of "
                              f"2 x num_attention_heads {self.num_attention_heads}")
@@ -122,33 +138,49 @@ class Config:
         model_type = hf.get("model_type")
         if model_type not in HF_DEFAULTS:
             raise InputError(f"config: model_type is {model_type!r}, not llama or smollm3")
-        stated = {name: value for name, value in hf.items() if value is not None}
-        values = HF_DEFAULTS[model_type] | stated
-        values |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in here
+        defaults = HF_DEFAULTS[model_type]
+        stated = {name: value for name, value in hf.items()
+                  if value is not None or name in NULL_SETTINGS}
+        stated |= read_rope(hf)
+        values = defaults | stated
         names = [field.name for field in fields(cls)]
         for name in names:
             if name not in values:
                 raise InputError(f"config: {name} is missing")
-        config = cls(**{name: values[name] for name in names})
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        check_number("vocab_size", values["vocab_size"], int, 1, 2**30)
+        for name in TOKEN_IDS:
+            if name not in stated and (defaults[name] or 0) >= values["vocab_size"]:
+                values[name] = None  # the default is no token of this model
+        try:
+            config = cls(**{name: values[name] for name in names})
+            config.check_implemented(values)
+        except InputError as error:
+            absent = [name for name in defaults if name in str(error) and name not in stated]
+            if not absent:
+                raise
+            raise InputError(f"{error} (transformers' default: the file does not state "
+                             f"{' and '.join(absent)})") from None
+        return config
 
+    def check_implemented(self, settings: dict):
+        """InputError if one of the settings of a config.json asks for another computation."""
         implemented = FIXED_SETTINGS | {
-            "head_dim": config.head_dim,
-            "no_rope_layers": config.layer_has_rope,  # despite HF's name, 1 (== True): has RoPE
-            "use_sliding_window": False,
-            "rope_scaling": None, "partial_rotary_factor": 1,
-            "rope_type": "default", "type": "default", "factor": 1,  # inside rope_parameters
+            "head_dim": self.head_dim,
+            "no_rope_layers": self.layer_has_rope,  # despite HF's name, 1 (== True): has RoPE
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
+            "use_sliding_window": False, "partial_rotary_factor": 1, "quantization_config": None,
         }
         for name, value in implemented.items():
-            if values.get(name) not in (None, value):
-                raise InputError(f"config: {name} is {values[name]!r}, only {value!r} is "
+            if settings.get(name) not in (None, value):
+                raise InputError(f"config: {name} is {settings[name]!r}, only {value!r} is "
                                  "implemented")
-        return config
 
     def to_hf(self) -> dict:
         """The contents of a config.json that transformers 4 and 5 both read."""
         hf = asdict(self) | FIXED_SETTINGS
         hf["head_dim"] = self.head_dim
-        hf["pad_token_id"] = None
         hf["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.no_rope_layer_interval == 0:
             del hf["no_rope_layer_interval"]
@@ -159,6 +191,26 @@ class Config:
             hf["model_type"] = "smollm3"
             hf["architectures"] = ["SmolLM3ForCausalLM"]
         return hf
+
+
+def read_rope(hf: dict) -> dict:
+    """What a config.json says of RoPE inside "rope_scaling" (transformers 4) or "rope_parameters"
+    (5): {"rope_theta": ...}, or nothing. InputError if that is not plain RoPE."""
+    plain = {"rope_type": "default", "type": "default", "factor": 1, "partial_rotary_factor": 1}
+    found = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(key) or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"config: {key} is {rope!r}, not a dict")
+        if rope.get("factor") == 1:  # linear scaling by 1 is none
+            rope = {name: value for name, value in rope.items() if value != "linear"}
+        for name, value in rope.items():
+            if isinstance(value, dict) or (name in plain and value not in (None, plain[name])):
+                raise InputError(f"config: {key} has {name} {value!r}, only "
+                                 f"{plain.get(name, 'a single setting')!r} is implemented")
+        if rope.get("rope_theta") is not None:
+            found["rope_theta"] = rope["rope_theta"]
+    return found
 
 
 SMOLLM_360M = dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
@@ -392,10 +444,11 @@ class SmolLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens: int, temperature=1.0, top_k: int | None = None,
-                 top_p: float | None = None, eos_id: int | None = None, generator=None,
-                 cache: "KVCache | None" = None, step=None):
+                 top_p: float | None = None, eos_id: int | list[int] | None = None,
+                 generator=None, cache: "KVCache | None" = None, step=None):
         """Continue input_ids (B, T): yields each new column of tokens (B, 1) as it is made, until
-        there are max_new_tokens, or every row has met eos_id. Rows that have ended get eos_id.
+        there are max_new_tokens, or every row has met eos_id, which may be several ids. A row that
+        has ended repeats the one that ended it.
 
         The same state of generator (a torch.Generator) gives the same tokens. With a cache,
         input_ids go on from what it holds; at the end it has all but the last column. step is
@@ -413,19 +466,20 @@ class SmolLM(nn.Module):
         weight = self.model.embed_tokens.weight
         if cache is None:
             cache = KVCache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
+        eos_ids = torch.tensor(id_list(eos_id), dtype=torch.int64, device=weight.device)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=weight.device)
         for _ in range(max_new_tokens):  # input_ids: the prompt at first, then the newest column
             if step is None:
                 logits, _ = self(input_ids, cache=cache)
             else:
                 logits = step(input_ids, cache)
-            input_ids = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
-            if eos_id is not None:
-                input_ids = input_ids.masked_fill(ended, eos_id)
-                ended |= input_ids == eos_id
+            new_ids = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
+            input_ids = torch.where(ended, input_ids[:, -1:], new_ids)
             yield input_ids
-            if eos_id is not None and ended.all():
-                return
+            if len(eos_ids) > 0:
+                ended |= torch.isin(input_ids, eos_ids)
+                if ended.all():
+                    return
 
     @classmethod
     def from_pretrained(cls, source, device=None, dtype=None) -> "SmolLM":
@@ -437,8 +491,7 @@ class SmolLM(nn.Module):
         """
         path = local_path(source)
         if path.is_dir():
-            config = Config.from_hf(json.loads((path / "config.json").read_text("utf-8")))
-            tensors = read_tensors(path)
+            config, tensors = read_hf(path)
         else:
             checkpoint = read_checkpoint(path)
             config = Config(**checkpoint["config"])
@@ -451,6 +504,8 @@ class SmolLM(nn.Module):
                 raise InputError(f"{source}: {name} is {p.dtype}, {p.layout}, not dense floats")
             # a copy, for what is mapped from a file would change with it
             p.data = p.data.to(device, dtype or torch.float32, copy=True)
+            if not all(bound.isfinite() for bound in p.data.aminmax()):
+                raise InputError(f"{source}: not all of {name} is finite in {p.dtype}")
         return model
 
     def save_pretrained(self, directory, tokenizer=None):
@@ -460,20 +515,24 @@ class SmolLM(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
         config = self.config.to_hf()
-        config["torch_dtype"] = str(self.model.norm.weight.dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
+        config |= {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5, and 4
+        write_json(directory / "config.json", config)
+        write_json(directory / "generation_config.json", {name: config[name] for name in TOKEN_IDS})
         if tokenizer is None:
             return
         tokenizer.save(str(directory / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.id_to_token(self.config.bos_token_id),
-            "eos_token": tokenizer.id_to_token(self.config.eos_token_id),
             "model_max_length": self.config.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for name in TOKEN_IDS:
+            for token_id in id_list(config[name])[:1]:
+                settings[name.removesuffix("_id")] = tokenizer.id_to_token(token_id)
+        write_json(directory / "tokenizer_config.json", settings)
 
 
 # ---- Inference: what generate uses
@@ -556,14 +615,37 @@ SHARD_INDEX = "model.safetensors.index.json"
 def local_path(source) -> Path:
     """A local path for source. A Hub id, owner/name or owner/name@revision, is downloaded first,
     unless the Hub's cache has it."""
-    path = Path(source)
+    path = Path(source).expanduser()
     repo_id, _, revision = str(source).partition("@")
-    is_file = path.suffix in (".pt", ".json", ".gguf")
+    is_file = path.suffix in (".pt", ".json", ".gguf") or str(source).startswith(("~", "."))
     if path.exists() or is_file or repo_id.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
-    files = ["*.safetensors", "*.json"]
-    return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
+    from huggingface_hub.errors import IncompleteSnapshotError
+    files = ["*.safetensors", "*.json", "*.jinja", "README.md"]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
+    except IncompleteSnapshotError as error:
+        return Path(error.snapshot_path)  # offline: what the cache has may be all that is needed
+
+
+def write_json(path: Path, contents: dict):
+    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_hf(directory: Path) -> tuple[Config, dict]:
+    """The config of a HuggingFace directory, and its tensors by name."""
+    settings = json.loads((directory / "config.json").read_text("utf-8"))
+    generation_path = directory / "generation_config.json"
+    if generation_path.exists():
+        generation = json.loads(generation_path.read_text("utf-8"))
+        if "eos_token_id" in generation:  # then this one counts
+            settings["eos_token_id"] = generation["eos_token_id"]
+    tensors = read_tensors(directory)
+    if "lm_head.weight" in tensors:
+        settings["tie_word_embeddings"] = True  # drop_redundant sees to it
+    config = Config.from_hf(settings)
+    return config, drop_redundant(tensors, config)
 
 
 def read_tensors(directory: Path) -> dict:
@@ -578,8 +660,32 @@ def read_tensors(directory: Path) -> dict:
     for shard in sorted(shards):
         if Path(shard).name != shard:  # an index must not point outside of its folder
             raise InputError(f"{directory / SHARD_INDEX}: {shard!r} is no file in this folder")
+        with open(directory / shard, "rb"):
+            pass  # tells why, if it can't be opened; safetensors says that it is not there
         tensors |= load_file(directory / shard)
     return tensors
+
+
+def drop_redundant(tensors: dict, config: Config) -> dict:
+    """The tensors under their published names, without those that only repeat what is known: some
+    files store the tied head, too, or RoPE's frequencies. InputError if one says otherwise."""
+    theta = config.rope_theta
+    frequency = theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    named = {}
+    for name, tensor in tensors.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            if tensor.shape != frequency.shape or not tensor.float().allclose(frequency, rtol=0.01):
+                raise InputError(f"{name} is not what rope_theta {theta} gives")
+            continue
+        if name.startswith(("embed_tokens.", "layers.", "norm.")):
+            name = f"model.{name}"  # of a model that was saved without its head
+        if name == "lm_head.weight":
+            name = "model.embed_tokens.weight"
+        if name in named and not torch.equal(tensor, named[name]):
+            raise InputError(f"{name} is stored twice, and differs: with an untied lm_head.weight "
+                             "it is another architecture")
+        named[name] = tensor
+    return named
 
 
 def read_checkpoint(path) -> dict:
@@ -588,6 +694,9 @@ def read_checkpoint(path) -> dict:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not {"config", "tokenizer", "model"} <= set(checkpoint):
         raise InputError(f"{path} is no checkpoint of train.py")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint["model"].values())
+    if size > Path(path).stat().st_size:  # views of a few numbers, which a copy would spread out
+        raise InputError(f"{path}: its tensors have {size} bytes, more than the file")
     return checkpoint
 
 

@@ -232,7 +232,7 @@ def test_both_spellings_of_theta_are_read_and_smollm3_is_understood():
     smollm3 = PRESETS["smollm3-3b"]
     assert smollm3.to_hf()["no_rope_layers"] == SmolLM3Config().no_rope_layers
     silent = without(smollm3.to_hf(), "bos_token_id", "eos_token_id")
-    for given in (smollm3.to_hf(), silent, silent | {"eos_token_id": None}):
+    for given in (smollm3.to_hf(), silent):
         assert Config.from_hf(given) == smollm3
 
 

@@ -32,19 +32,20 @@ from smollm import PRESETS, InputError, SmolLM, load_tokenizer
 
 @dataclass
 class Options:
-    out_dir: str = "out"  # folder of the checkpoint, ckpt.pt
+    out_dir: cli.PathOrId = "out"  # folder of the checkpoint, ckpt.pt
     overwrite: bool = False  # start over in an out_dir that has a checkpoint
-    init_from: str = "scratch"  # or resume, from out_dir's ckpt.pt; or from the model in a
-    #                             HuggingFace folder, Hub id or other ckpt.pt
+    init_from: cli.PathOrId = "scratch"  # or resume, from out_dir's ckpt.pt; or from the model in
+    #                                      a HuggingFace folder, Hub id, GGUF file or other ckpt.pt
     model: str = "smollm2-135m"  # from scratch: a preset of smollm.py, as nano, micro, smollm2-360m
     # data
-    dataset: str = "stdlib"  # Python's standard library; cosmopedia, fineweb-edu, smollm-corpus or
-    #                          another Hub id; a file or folder of .txt, .md, .py, .jsonl, .parquet
+    dataset: cli.PathOrId = "stdlib"  # Python's standard library; cosmopedia, fineweb-edu,
+    #                                   smollm-corpus or another Hub id; a file or folder of .txt,
+    #                                   .md, .py, .jsonl, .parquet
     dataset_config: str | None = None  # of a Hub id, where it has several
     text_column: str = "text"  # of the Hub's data, and of .jsonl and .parquet files
     max_tokens: int | None = None  # train on only so many, again and again; None: no limit
-    tokenizer: str | None = None  # file, folder or Hub id; None: cosmo2-tokenizer for the Hub's
-    #                               data, else one that is trained on the dataset
+    tokenizer: cli.PathOrId | None = None  # file, folder or Hub id; None: cosmo2-tokenizer for the
+    #                                        Hub's data, else one that is trained on the dataset
     block_size: int = 512  # tokens in a sequence
     batch_size: int = 8  # sequences in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in a step, split over all GPUs
@@ -206,11 +207,11 @@ def evaluate(loss_model, batches: list, autocast) -> float:
 
 
 def continue_text(model: SmolLM, tokenizer, prompt: str, seed: int, device) -> str:
-    """The prompt and up to 64 tokens that the model adds. An empty prompt starts from bos."""
+    """The prompt and up to 64 tokens that the model adds. An empty prompt starts a document."""
     context = model.config.max_position_embeddings
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids[:context // 2]
     if not ids:
-        ids = [model.config.bos_token_id]
+        ids = [end_of_text(tokenizer)]
     generator = torch.Generator(device).manual_seed(seed)
     new_ids = model.generate(torch.tensor([ids], device=device), min(64, context - len(ids)),
                              temperature=0.8, top_k=50, generator=generator)
@@ -268,6 +269,7 @@ if __name__ == "__main__":
         torch.manual_seed(o.seed)
         config = replace(PRESETS[o.model])  # a copy, which gets the tokenizer's bos and eos below
         model = SmolLM(config).to(device)
+        files = {}  # what goes with a model, as its chat template
         tokenizer = None
         if o.tokenizer:
             with cli.reading(o.tokenizer):
@@ -278,7 +280,12 @@ if __name__ == "__main__":
         if o.tokenizer and o.init_from != "resume":
             raise InputError(f"tokenizer is {o.tokenizer}, but {source} brings its own: leave it "
                              "out")
-        model, tokenizer = models.load(source, device)
+        bundle = models.load(source, device)
+        model = bundle.model
+        tokenizer = bundle.tokenizer
+        files = bundle.files
+        if o.init_from != "resume":
+            files = models.files_for_training(bundle)
     config = model.config
     if o.block_size > config.max_position_embeddings:
         raise InputError(f"block_size is {o.block_size}, the model's context has "
@@ -389,6 +396,7 @@ if __name__ == "__main__":
                     "model": model.state_dict(),
                     "config": asdict(config),
                     "tokenizer": tokenizer.to_str(),
+                    "files": files,
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "scaler": scaler.state_dict(),
                     "rng": rng,

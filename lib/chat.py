@@ -1,23 +1,99 @@
-"""ChatML, the form in which SmolLM's instruct models read and write a conversation."""
+"""Conversations as text: a chat template, which is in jinja and comes with a model, is rendered as
+transformers does (utils/chat_template_utils.py)."""
 
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+import json
+from datetime import datetime
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from lib import hf_files
+from lib.cli import reading
+from smollm import Config, InputError, id_list
+
+# ChatML, which SmolLM's instruct models use, for a model that has no template
 START = "<|im_start|>"
 END = "<|im_end|>"
-
-# The same as a chat template in jinja, for transformers and llama.cpp
-TEMPLATE = """{% for message in messages %}\
-{% if loop.first and message['role'] != 'system' %}<|im_start|>system
-You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
-{% endif %}<|im_start|>{{ message['role'] }}
+CHATML = """{% for message in messages %}\
+<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 
-def chat_turn(role: str, content: str) -> str:
-    """One contribution to a conversation; role is system, user or assistant."""
-    return f"{START}{role}\n{content}{END}\n"
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %} around what the assistant says: just its contents.
+    (transformers can tell by it which tokens to train on.)"""
+    tags = {"generation"}  # noqa: RUF012 (jinja's own way)
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def answer_begins() -> str:
-    return f"{START}assistant\n"
+def raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def to_json(value, ensure_ascii=False, **how) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)  # jinja's own escapes HTML
+
+
+class ChatTemplate:
+    """A template, with what it can see. A sandbox keeps it from all else."""
+    def __init__(self, template: str, token_names: dict[str, str]):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        environment.filters["tojson"] = to_json
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = strftime_now
+        self.token_names = token_names
+        with reading("the chat template"):
+            self.template = environment.from_string(template)
+
+    def render(self, messages: list[dict], add_generation_prompt=True, **variables) -> str:
+        """The text of messages, [{"role": "user", "content": "Hi"}, ...]; with
+        add_generation_prompt, up to where the assistant answers. variables are for the template,
+        as enable_thinking=False is for SmolLM3's. InputError if the template can't take them."""
+        variables = {"tools": None, "documents": None} | self.token_names | variables
+        with reading("the chat template", failed="can't be rendered"):
+            return self.template.render(messages=messages, **variables,
+                                        add_generation_prompt=add_generation_prompt)
+
+    def opening(self, system: str | None) -> list[dict]:
+        """What a conversation begins with: nothing, then the template has its own way, or a system
+        message. InputError if the template does not take this one."""
+        if system is None:
+            return []
+        messages = [{"role": "system", "content": system}]
+        question = {"role": "user", "content": "Hi"}
+        if self.render([*messages, question]) == self.render([question]):
+            raise InputError(f"system is {system!r}, which the model's chat template ignores: "
+                             "leave it out")
+        return messages
+
+
+def load(tokenizer: Tokenizer, config: Config, files: dict[str, str],
+         source) -> tuple[ChatTemplate, list[int]]:
+    """The template with which a model converses, and the ids of the tokens that end an answer:
+    those of its config. InputError, which names source, if it has no template, nor the tokens of
+    ChatML."""
+    templates = hf_files.templates_in(files)
+    names = hf_files.token_names(files, config, tokenizer)
+    eos_ids = id_list(config.eos_token_id)
+    if "default" in templates:
+        return ChatTemplate(templates["default"], names), eos_ids
+    if templates:
+        raise InputError(f"{source} has the chat templates {', '.join(templates)}, but none that "
+                         "is the default: name one so")
+    end_id = tokenizer.token_to_id(END)
+    if end_id is None or tokenizer.token_to_id(START) is None:
+        raise InputError(f"{source} has no chat template, nor the tokens {START} and {END} to do "
+                         "without: take an instruct model")
+    return ChatTemplate(CHATML, names), [*eos_ids, end_id]

@@ -1,7 +1,9 @@
 """What the commands have in common: options on the command line, and errors of one line."""
 
+import os
 import sys
 from contextlib import contextmanager
+from typing import Annotated, get_args, get_type_hints
 
 import torch
 import tyro
@@ -9,12 +11,27 @@ import tyro
 from smollm import InputError
 
 
+# The type of an option that is a path, or may be one: ~ is the home folder
+PathOrId = Annotated[str, "path"]
+
+
 def parse(options: type, description: str, default=None):
     """The command line, as an instance of the dataclass `options`, whose comments are the help.
     What is not given has its value in `default`. From now on, errors are told in one line."""
     sys.excepthook = one_line_errors
-    return tyro.cli(options, description=description, default=default, use_underscores=True,
-                    config=(tyro.conf.FlagConversionOff,))
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    if sys.stdout is None:
+        raise InputError("stdout is closed: send it to a file or to /dev/null")
+    o = tyro.cli(options, description=description, default=default, use_underscores=True,
+                 config=(tyro.conf.FlagConversionOff,))
+    for name, kind in get_type_hints(options, include_extras=True).items():
+        value = getattr(o, name)
+        is_path = any("path" in getattr(part, "__metadata__", ()) for part in
+                      (kind, *get_args(kind)))  # or one of the kinds in X | None
+        if is_path and value is not None:
+            setattr(o, name, os.path.expanduser(value))
+    return o
 
 
 def check_range(o, low, high, *names: str):
@@ -28,7 +45,12 @@ def check_range(o, low, high, *names: str):
 def one_line_errors(kind, error, traceback):
     """A sys.excepthook: what the user or the machine did is told in one line. Bugs keep their
     traceback."""
-    if issubclass(kind, InputError | OSError | KeyboardInterrupt | torch.OutOfMemoryError):
+    # on a CPU torch tells of this with a RuntimeError
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if no_memory or "DefaultCPUAllocator" in str(error):
+        print(f"error: out of memory: ask for less at once, such as fewer samples or a smaller "
+              f"batch_size: {in_one_line(error)}", file=sys.stderr)
+    elif issubclass(kind, InputError | OSError | KeyboardInterrupt):
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
@@ -39,7 +61,7 @@ def in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def reading(what, hint: str = ""):
+def reading(what, hint: str = "", failed: str = "can't be read"):
     """Around the reading of a file or dataset: whatever a library raises becomes an InputError of
     one line, which names `what` and ends with the hint."""
     try:
@@ -47,7 +69,7 @@ def reading(what, hint: str = ""):
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what}: can't be read: {in_one_line(error)}{hint}") from error
+        raise InputError(f"{what}: {failed}: {in_one_line(error)}{hint}") from error
 
 
 def difference(o, other) -> dict:

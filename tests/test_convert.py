@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from bench.llama_cpp import LlamaCpp
 from lib import chat, models
-from smollm import Config, InputError, SmolLM, load_tokenizer
+from smollm import Config, InputError, load_tokenizer
 from test_smollm import CONFIGS, LLAMA_AND_SMOLLM3, make
 from tests.helpers import PROMPTS, TINY_1000, contents, greedy, run, write_model
 
@@ -25,10 +24,10 @@ def test_conversion_there_and_back_is_exact(config, dtype, tokenizer, tmp_path):
     model = make(config).to(getattr(torch, dtype))
     there = tmp_path / "hf"
     model.save_pretrained(there, tokenizer)
-    (there / "chat_template.jinja").write_text(chat.TEMPLATE)
+    (there / "chat_template.jinja").write_text(chat.CHATML)
     stations = ["hf", "a.gguf", "b.pt", "c", "d.gguf", "back"]
     for source, target in itertools.pairwise(stations):
-        models.write(tmp_path / target, models.read(str(tmp_path / source)), dtype)
+        models.write(tmp_path / target, models.load(tmp_path / source), dtype)
     back = tmp_path / "back"
     for name in ("model.safetensors", "chat_template.jinja"):
         assert (back / name).read_bytes() == (there / name).read_bytes(), name
@@ -52,7 +51,7 @@ def test_q8_0_is_close_and_a_quarter_as_large(tokenizer, tmp_path):
     config = replace(CONFIGS["wide heads"], vocab_size=1000, intermediate_size=96)
     model = make(config)
     write_model(tmp_path / "q8.gguf", model, tokenizer, dtype="q8_0")
-    back = models.read(str(tmp_path / "q8.gguf")).model.state_dict()
+    back = models.load(tmp_path / "q8.gguf").model.state_dict()
     for name, p in model.state_dict().items():
         assert (back[name] - p).abs().max() <= p.abs().max() / 127, name
     assert (tmp_path / "q8.gguf").stat().st_size < 0.5 * 4 * model.num_parameters()
@@ -64,7 +63,7 @@ def test_model_trained_here_gives_the_same_text_in_llama_cpp(dtype, ckpt, tmp_pa
     assert result.returncode == 0, result.stderr
     tokenizer = load_tokenizer(ckpt)
     llama = LlamaCpp(tmp_path / "nano.gguf")
-    model = models.read(str(tmp_path / "nano.gguf")).model  # with the weights that llama.cpp has
+    model = models.load(tmp_path / "nano.gguf").model  # with the weights that llama.cpp has
     for prompt in PROMPTS[:5]:
         ids = tokenizer.encode(prompt).ids
         assert llama.tokenize(prompt) == ids
@@ -78,7 +77,7 @@ def test_gguf_keeps_added_tokens(tokenizer, tmp_path):
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.add_tokens(["<think>"])
     write_model(tmp_path / "a.gguf", make(replace(TINY_1000, vocab_size=1001)), tokenizer)
-    back = models.read(str(tmp_path / "a.gguf")).tokenizer
+    back = models.load(tmp_path / "a.gguf").tokenizer
     for text in ("a <think> b", "<|im_end|><think>"):
         ids = tokenizer.encode(text).ids
         assert back.encode(text).ids == ids
@@ -109,42 +108,6 @@ def test_gguf_refuses_tokenizers_that_split_otherwise(tokenizer, tmp_path):
         with pytest.raises(InputError, match="split text differently"):
             write_model(tmp_path / "b.gguf", model, other)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- Chat templates
-
-
-def test_chat_template_is_what_sample_writes(valid, tmp_path):
-    write_model(tmp_path / "chat", SmolLM.from_pretrained(valid), load_tokenizer(valid),
-                chat.TEMPLATE)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
-    messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."},
-                {"role": "user", "content": "Bye."}]
-    expected = chat.chat_turn("system", chat.SYSTEM)
-    for message in messages:
-        expected += chat.chat_turn(message["role"], message["content"])
-    system = {"role": "system", "content": chat.SYSTEM}
-    for conversation in (messages, [system, *messages]):
-        found = tokenizer.apply_chat_template(conversation, tokenize=False)
-        assert found == expected
-        found = tokenizer.apply_chat_template(conversation, tokenize=False,
-                                              add_generation_prompt=True)
-        assert found == expected + chat.answer_begins()
-
-
-def test_a_checkpoint_that_ends_with_im_end_gets_the_chat_template(tokenizer, tmp_path):
-    write_model(tmp_path / "base.pt", make(TINY_1000), tokenizer)
-    assert models.read(str(tmp_path / "base.pt")).template is None
-    write_model(tmp_path / "chat.pt", make(replace(TINY_1000, eos_token_id=2)), tokenizer)
-    assert models.read(str(tmp_path / "chat.pt")).template == chat.TEMPLATE
-
-
-def test_chat_templates_that_are_no_string_are_refused(valid):
-    path = valid / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"chat_template": [{"name": "default"}]}
-    path.write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="chat_template is a list"):
-        models.read(str(valid))
 
 
 # ---- What cannot be converted

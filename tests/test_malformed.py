@@ -182,7 +182,6 @@ def test_malformed_checkpoints_are_refused_in_one_line(good):
     for what in (*cases, *files):
         path = good / f"{what}.pt"
         check_refused(lambda path=path: models.load(path), payload, what)
-        check_refused(lambda path=path: models.read(str(path)), payload, what)
     models.load(good / "good.pt")
 
 
@@ -206,10 +205,5 @@ def test_malformed_gguf_files_are_refused_in_one_line(good):
     for what, contents in cases.items():
         path = good / f"{what}.gguf"
         path.write_bytes(contents)
-        check_refused(lambda path=path: models.read(str(path)), payload, what)
-    models.read(str(good / "good.gguf"))
-
-
-def test_a_gguf_file_is_sampled_from_once_it_is_converted(good):
-    with pytest.raises(InputError, match=r"tools/convert\.py"):
-        models.load(good / "good.gguf")
+        check_refused(lambda path=path: models.load(path), payload, what)
+    models.load(good / "good.gguf")

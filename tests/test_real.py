@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.llama_cpp import LlamaCpp
-from lib import chat
 from smollm import SmolLM, load_tokenizer
 from tests.helpers import PROMPTS, ROOT, greedy, run
 
@@ -58,8 +57,8 @@ def hf(real):
 
 
 def in_chat(prompt: str) -> str:
-    return (chat.chat_turn("system", chat.SYSTEM) + chat.chat_turn("user", prompt)
-            + chat.answer_begins())
+    return ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+            f"Face<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.fixture(scope="session")
@@ -191,10 +190,11 @@ def talk(source: Path, *lines: str) -> subprocess.CompletedProcess:
 def test_chat_remembers_and_resets(real, model):
     told = talk(real, "What is gravity?", "And magnetism?", "/reset", "And magnetism?")
     tokenizer = load_tokenizer(real)
-    text = chat.chat_turn("system", chat.SYSTEM)
+    text = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+    text += "Face<|im_end|>\n"
     answers = []
     for question in ("What is gravity?", "And magnetism?"):
-        text += chat.chat_turn("user", question) + chat.answer_begins()
+        text += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         ids = greedy(model, tokenizer.encode(text).ids, 20, eos_id=EOS)
         answers.append(tokenizer.decode(ids))
         text += answers[-1] + "<|im_end|>\n"

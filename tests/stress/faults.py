@@ -73,7 +73,7 @@ def prepare_run(folder: Path) -> list[str]:
     torch.manual_seed(0)
     config = Config(vocab_size=400, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64)
-    bundle = models.Bundle(SmolLM(config), train_tokenizer([text], 400), template=None)
+    bundle = models.Bundle(SmolLM(config), train_tokenizer([text], 400), files={})
     models.write(folder / "begin.pt", bundle, "float32")
     (folder / "text.txt").write_text(text * 3)
     return [f"--init_from={folder / 'begin.pt'}", f"--dataset={folder / 'text.txt'}",

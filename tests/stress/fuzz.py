@@ -56,7 +56,7 @@ def write_sources(folder: Path):
     """A small model in every form: the folder's subfolders hf, sharded, gguf and ckpt."""
     model = make_model()
     tokenizer = train_tokenizer([(ROOT / "smollm.py").read_text()], 320)
-    bundle = models.Bundle(model, tokenizer, template=None)
+    bundle = models.Bundle(model, tokenizer, files={})
     models.write(folder / "hf", bundle, "float32")
     models.write(folder / "gguf" / "model.gguf", bundle, "float32")
     models.write(folder / "ckpt" / "ckpt.pt", bundle, "float32")
@@ -147,13 +147,13 @@ def read_gguf(path: Path, start: int) -> dict[str, np.ndarray]:
 def load(folder: Path, gguf_start: int):
     """Load what lies in folder as the scripts do. AssertionError if it loads wrong."""
     if (folder / "model.gguf").exists():
-        bundle = models.read(str(folder / "model.gguf"))
+        bundle = models.load(folder / "model.gguf")
         expected = read_gguf(folder / "model.gguf", gguf_start)
     elif (folder / "ckpt.pt").exists():
-        bundle = models.read(str(folder / "ckpt.pt"))
+        bundle = models.load(folder / "ckpt.pt")
         expected = {name: tensor.numpy() for name, tensor in make_model().state_dict().items()}
     else:
-        bundle = models.read(str(folder))
+        bundle = models.load(folder)
         expected = read_safetensors(folder)
     tensors = bundle.model.state_dict()
     assert expected.keys() == tensors.keys()

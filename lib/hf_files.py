@@ -1,0 +1,163 @@
+"""The small files beside the weights in a HuggingFace directory, as a dict from name to text:
+
+    generation_config.json  which tokens end a text, and how to sample
+    tokenizer_config.json   the tokens that have names: bos_token, pad_token, ...
+    chat_template.jinja     how a conversation is written; more of them in additional_chat_templates
+    README.md               the model card, which begins with license and base_model in YAML
+
+A ckpt.pt keeps them as they are. A GGUF file has keys for most of what they say.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from lib.cli import reading
+from smollm import TOKEN_IDS, Config, InputError, id_list
+
+NAMES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+MORE_TEMPLATES = "additional_chat_templates"
+# The names of tokens, as chat templates and transformers know them
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+               "mask_token")
+
+
+def read(folder: Path) -> dict[str, str]:
+    """Those of a folder. InputError if one is not what it should be."""
+    files = {}
+    paths = [folder / name for name in NAMES]
+    paths += sorted(folder.glob(f"{MORE_TEMPLATES}/*.jinja"))
+    for path in paths:
+        if path.exists():
+            with reading(path):
+                files[path.relative_to(folder).as_posix()] = path.read_text("utf-8")
+    settings = contents(files, "tokenizer_config.json")
+    contents(files, "generation_config.json")
+    tokens_path = folder / "special_tokens_map.json"  # of transformers 4
+    if tokens_path.exists() and "added_tokens_decoder" not in settings:
+        with reading(tokens_path):
+            settings = settings | json.loads(tokens_path.read_text("utf-8"))
+    templates = named_templates(settings.pop("chat_template", None))
+    if not any(name.endswith(".jinja") for name in files):  # these come first
+        files |= template_files(templates)
+    if settings:
+        files["tokenizer_config.json"] = to_json(settings)
+    return files
+
+
+def check(files):
+    """InputError if these are not such files: with a name that is a path, say."""
+    for name, text in files.items():
+        is_template = re.fullmatch(rf"{MORE_TEMPLATES}/[\w-]+\.jinja", name)
+        if not isinstance(text, str) or not (name in NAMES or is_template):
+            raise InputError(f"{name!r} is no file that goes with a model")
+
+
+def contents(files: dict[str, str], name: str) -> dict:
+    """What one of the JSON files says; nothing, {}, if it is absent."""
+    with reading(name):
+        parsed = json.loads(files.get(name, "{}"))
+        if not isinstance(parsed, dict):
+            raise ValueError(f"it has a {type(parsed).__name__}, not an object")
+        return parsed
+
+
+def to_json(parsed: dict) -> str:
+    return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
+
+
+# ---- Chat templates
+
+
+def named_templates(stated) -> dict[str, str]:
+    """The templates by name, "default" among them, of a tokenizer_config.json: it states one as a
+    string, or several as a list of {"name": ..., "template": ...}."""
+    if stated is None:
+        return {}
+    if isinstance(stated, str):
+        return {"default": stated}
+    with reading("tokenizer_config.json", ": its chat_template is neither a string nor a list of "
+                 "names and templates"):
+        templates = {entry["name"]: entry["template"] for entry in stated}
+        for template in templates.values():
+            if not isinstance(template, str):
+                raise TypeError(f"a template is a {type(template).__name__}")
+        return templates
+
+
+def template_files(templates: dict[str, str]) -> dict[str, str]:
+    """The files in which transformers 5 keeps templates. InputError for a name that is a path."""
+    files = {}
+    for name, template in templates.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise InputError(f"a chat template is named {name!r}: rename it, in letters and digits")
+        if name == "default":
+            files["chat_template.jinja"] = template
+        else:
+            files[f"{MORE_TEMPLATES}/{name}.jinja"] = template
+    return files
+
+
+def templates_in(files: dict[str, str]) -> dict[str, str]:
+    """The templates by name: the inverse of template_files."""
+    templates = {}
+    for name, text in files.items():
+        if name == "chat_template.jinja":
+            templates["default"] = text
+        elif name.startswith(MORE_TEMPLATES):
+            templates[Path(name).stem] = text
+    return templates
+
+
+# ---- Tokens
+
+
+def named_tokens(settings: dict) -> dict[str, str]:
+    """The tokens by name, {"bos_token": "<|endoftext|>", ...}, of a tokenizer_config.json."""
+    tokens = {}
+    for name in TOKEN_NAMES:
+        token = settings.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
+
+
+def token_names(files: dict[str, str], config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+    """The same, of a model; without a tokenizer_config.json its config names them."""
+    if "tokenizer_config.json" in files:
+        return named_tokens(contents(files, "tokenizer_config.json"))
+    tokens = {}
+    for name in TOKEN_IDS:
+        for token_id in id_list(getattr(config, name))[:1]:
+            tokens[name.removesuffix("_id")] = tokenizer.id_to_token(token_id)
+    return tokens
+
+
+# ---- The model card
+
+
+def model_card(name: str, license: str | None = None, base_model: str | None = None) -> str:
+    """A README.md. Its license is for whoever publishes it to fill in, if it isn't known."""
+    from huggingface_hub import ModelCard, ModelCardData  # which takes a while to import
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation",
+                         license=license, base_model=base_model)
+    text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA language model of SmolLM's architecture.\n"
+    if license is None:
+        text += "\nIts license is not stated yet: add `license:` above.\n"
+    return str(ModelCard(text))
+
+
+def license_and_base_model(files: dict[str, str]) -> tuple[str | None, str | None]:
+    """What the model card says of both; of several base models, the first."""
+    if "README.md" not in files:
+        return None, None
+    from huggingface_hub import ModelCard
+    data = ModelCard(files["README.md"], ignore_metadata_errors=True).data
+    base_model = data.get("base_model")
+    if isinstance(base_model, list):
+        base_model = base_model[0] if base_model else None
+    return data.get("license"), base_model
