@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Quantization
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from lib import hf_files
 from smollm import Config, InputError, SmolLM, id_list
@@ -246,17 +245,12 @@ def read_tokenizer(reader: Reader) -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(added)
-    parts = ["$A"]
     ends = []
-    if reader.value("tokenizer.ggml.add_bos_token", False):
-        ends.append(reader.value("tokenizer.ggml.bos_token_id"))
-        parts.insert(0, tokens[ends[-1]])
-    if reader.value("tokenizer.ggml.add_eos_token", False):
-        ends.append(reader.value("tokenizer.ggml.eos_token_id"))
-        parts.append(tokens[ends[-1]])
-    if ends:
-        tokenizer.post_processor = TemplateProcessing(
-            single=parts, special_tokens=[(tokens[i], i) for i in ends])
+    for end in ("bos", "eos"):
+        is_added = reader.value(f"tokenizer.ggml.add_{end}_token", False)
+        ends.append(reader.value(f"tokenizer.ggml.{end}_token_id") if is_added else None)
+    if ends != [None, None]:
+        hf_files.add_ends(tokenizer, *ends)
     return tokenizer
 
 

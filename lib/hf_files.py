@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from lib.cli import reading
 from smollm import TOKEN_IDS, Config, InputError, id_list
@@ -135,6 +136,19 @@ def token_names(files: dict[str, str], config: Config, tokenizer: Tokenizer) -> 
         for token_id in id_list(getattr(config, name))[:1]:
             tokens[name.removesuffix("_id")] = tokenizer.id_to_token(token_id)
     return tokens
+
+
+def add_ends(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None):
+    """Let the tokenizer begin each text with bos and end it with eos; None: without."""
+    parts = ["$A"]
+    ends = []
+    if bos_id is not None:
+        ends.append((tokenizer.id_to_token(bos_id), bos_id))
+        parts.insert(0, ends[-1][0])
+    if eos_id is not None:
+        ends.append((tokenizer.id_to_token(eos_id), eos_id))
+        parts.append(ends[-1][0])
+    tokenizer.post_processor = TemplateProcessing(single=parts, special_tokens=ends)
 
 
 # ---- The model card

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from lib import hf_files
 from lib.cli import reading
@@ -45,7 +44,7 @@ def load(source, device=None, dtype=None) -> Bundle:
             check_folder(path)
             files = hf_files.read(path)
             tokenizer = load_tokenizer(path)
-            add_ends(tokenizer, hf_files.contents(files, "tokenizer_config.json"))
+            heed(hf_files.contents(files, "tokenizer_config.json"), tokenizer)
             model = SmolLM.from_pretrained(path, device, dtype)
         elif starts_with(path, b"GGUF"):
             from lib import gguf_format  # which takes a while to import
@@ -110,26 +109,20 @@ def check_folder(folder: Path):
                          "model.safetensors")
 
 
-def add_ends(tokenizer: Tokenizer, settings: dict):
+def heed(settings: dict, tokenizer: Tokenizer):
     """As transformers does: if tokenizer_config.json, which settings is, says whether bos and eos
     are added to a text, that counts, and not tokenizer.json; tokens that have names are special."""
-    names = hf_files.named_tokens(settings)
-    vocabulary = tokenizer.get_vocab()
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([token for token in names.values()
-                                  if token in vocabulary and token not in added])
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
-        return
-    parts = ["$A"]
-    ends = []
-    if settings.get("add_bos_token") and "bos_token" in names:
-        parts.insert(0, names["bos_token"])
-        ends.append(names["bos_token"])
-    if settings.get("add_eos_token") and "eos_token" in names:
-        parts.append(names["eos_token"])
-        ends.append(names["eos_token"])
-    tokenizer.post_processor = TemplateProcessing(
-        single=parts, special_tokens=[(token, vocabulary[token]) for token in ends])
+    ids = {}
+    for name, token in hf_files.named_tokens(settings).items():
+        if tokenizer.token_to_id(token) is not None:
+            ids[name] = tokenizer.token_to_id(token)
+    added = tokenizer.get_added_tokens_decoder()
+    tokenizer.add_special_tokens([tokenizer.id_to_token(token_id) for token_id in ids.values()
+                                  if token_id not in added])
+    if "add_bos_token" in settings or "add_eos_token" in settings:
+        bos_id = ids.get("bos_token") if settings.get("add_bos_token") else None
+        eos_id = ids.get("eos_token") if settings.get("add_eos_token") else None
+        hf_files.add_ends(tokenizer, bos_id, eos_id)
 
 
 def check_checkpoint(path: Path):
