@@ -119,7 +119,9 @@ def read(path: Path) -> tuple[SmolLM, Tokenizer, dict[str, str]]:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise ValueError("it has no token_embd.weight")
-    config = read_config(reader, vocab_size=int(tensors["token_embd.weight"].shape[1]))
+    values = {key: field.contents() for key, field in reader.fields.items()
+              if key.startswith("general.") or "_token_id" in key or "chat_template" in key}
+    config = read_config(reader, values, vocab_size=int(tensors["token_embd.weight"].shape[1]))
     with torch.device("meta"):
         model = SmolLM(config)
     drop_head(tensors)
@@ -140,8 +142,6 @@ def read(path: Path) -> tuple[SmolLM, Tokenizer, dict[str, str]]:
             weight = deinterleave(weight, num_heads)
         state[name] = torch.from_numpy(np.array(weight, dtype=np.float32))
     model.load_state_dict(state, strict=True, assign=True)
-    values = {key: field.contents() for key, field in reader.fields.items()
-              if key.startswith("general.") or "_token_id" in key or "chat_template" in key}
     return model, tokenizer, to_files(values, config, tokenizer)
 
 
@@ -159,7 +159,7 @@ def drop_head(tensors: dict):
                          "another architecture")
 
 
-def read_config(reader: Reader, vocab_size: int) -> Config:
+def read_config(reader: Reader, values: dict, vocab_size: int) -> Config:
     arch = reader.value("general.architecture")
     if arch not in ("llama", "smollm3"):
         raise ValueError(f"its architecture is {arch!r}, not llama or smollm3")
@@ -170,9 +170,6 @@ def read_config(reader: Reader, vocab_size: int) -> Config:
         return reader.value(f"{arch}.{key}", default)
 
     heads = value("attention.head_count")
-    ids = {key: reader.fields[f"tokenizer.ggml.{key}"].contents()
-           for key in ("bos_token_id", "padding_token_id", *END_KEYS)
-           if f"tokenizer.ggml.{key}" in reader.fields}
     config = Config(
         vocab_size=vocab_size,
         hidden_size=value("embedding_length"),
@@ -184,9 +181,9 @@ def read_config(reader: Reader, vocab_size: int) -> Config:
         rope_theta=shortest(value("rope.freq_base", 1e4)),
         rms_norm_eps=shortest(value("attention.layer_norm_rms_epsilon")),
         no_rope_layer_interval=4 if arch == "smollm3" else 0,
-        bos_token_id=ids.get("bos_token_id"),
-        eos_token_id=one_or_list([ids[key] for key in END_KEYS if key in ids]),
-        pad_token_id=ids.get("padding_token_id"))
+        bos_token_id=values.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=read_ends(values),
+        pad_token_id=values.get("tokenizer.ggml.padding_token_id"))
 
     # Keys that may stand there, if they say nothing new. Any other may change the result.
     neutral = {
@@ -211,12 +208,14 @@ def read_config(reader: Reader, vocab_size: int) -> Config:
     return config
 
 
-def one_or_list(ids: list[int]) -> int | list[int] | None:
-    """Token ids as config.json states them."""
-    ids = list(dict.fromkeys(ids))  # without repetitions
-    if len(ids) > 1:
-        return ids
-    return ids[0] if ids else None
+def read_ends(values: dict) -> int | list[int] | None:
+    """Where a text ends, as config.json states it."""
+    ends = [values[f"tokenizer.ggml.{key}"] for key in END_KEYS
+            if f"tokenizer.ggml.{key}" in values]
+    ends = list(dict.fromkeys(ends))  # each once
+    if len(ends) > 1:
+        return ends
+    return ends[0] if ends else None
 
 
 def shortest(value: float) -> float:
@@ -281,8 +280,13 @@ def write(path: Path, name: str, bundle, dtype: str) -> list[str]:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
-    add_tokenizer(writer, config, bundle.tokenizer)
+    add_tokenizer(writer, config.vocab_size, bundle.tokenizer)
     values = to_values(bundle)
+    bos_id = values.get("tokenizer.ggml.bos_token_id")
+    eos_id = values.get("tokenizer.ggml.eos_token_id")
+    adds_bos, adds_eos = ends_added(bundle.tokenizer, bos_id, eos_id)
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_eos_token(adds_eos)
     for key, value in values.items():
         kind = TYPES[type(value)]
         if key == "general.sampling.top_k":
@@ -309,12 +313,16 @@ def write(path: Path, name: str, bundle, dtype: str) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     lost = differences(bundle.files, to_files(values, config, bundle.tokenizer))
+    if config.bos_token_id != bos_id:
+        lost.append(f"a bos_token_id of {config.bos_token_id} beside the tokenizer's")
+    if len(id_list(config.eos_token_id)) > len(END_KEYS):
+        lost.append(f"more than {len(END_KEYS)} of eos_token_id {config.eos_token_id}")
     if config.initializer_range != 1 / math.sqrt(config.hidden_size):
         lost.append("initializer_range")
     return lost
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, config: Config, tokenizer: Tokenizer):
+def add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, tokenizer: Tokenizer):
     contents = json.loads(tokenizer.to_str())
     if not splits_as_smollm(contents):
         raise InputError("the tokenizer is no byte-level BPE that splits digits one by one, as "
@@ -330,7 +338,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Config, tokenizer: Tokenizer)
             added[token["id"]] = gguf.TokenType.CONTROL
     tokens = []
     types = []
-    for i in range(config.vocab_size):  # llama.cpp wants a token for every row of the embedding
+    for i in range(vocab_size):  # llama.cpp wants a token for every row of the embedding
         token = tokenizer.id_to_token(i)
         if token is None:
             tokens.append(f"[UNUSED{i}]")
@@ -346,23 +354,20 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: Config, tokenizer: Tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    adds_bos, adds_eos = ends_added(tokenizer, config)
-    writer.add_add_bos_token(adds_bos)
-    writer.add_add_eos_token(adds_eos)
     writer.add_add_space_prefix(False)
 
 
-def ends_added(tokenizer: Tokenizer, config: Config) -> tuple[bool, bool]:
+def ends_added(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None) -> tuple[bool, bool]:
     """Whether the tokenizer adds bos before a text, and eos after it. InputError if it adds
     something else."""
     text = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
-    for before in ([], [config.bos_token_id]):
-        for after in ([], id_list(config.eos_token_id)[:1]):
+    for before in ([], [bos_id]):
+        for after in ([], [eos_id]):
             if whole == before + text + after:
                 return bool(before), bool(after)
-    raise InputError(f"the tokenizer makes {whole} of 'a': llama.cpp can only add bos, "
-                     f"{config.bos_token_id}, and eos, {config.eos_token_id}")
+    raise InputError(f"the tokenizer makes {whole} of 'a', llama.cpp only adds bos, {bos_id}, and "
+                     f"eos, {eos_id}, to {text}")
 
 
 def splits_as_smollm(contents: dict) -> bool:
@@ -390,14 +395,16 @@ def to_values(bundle) -> dict:
     files = bundle.files
     tokens = hf_files.token_names(files, config, bundle.tokenizer)
     values = {}
+    ids = {"bos_token": config.bos_token_id, "pad_token": config.pad_token_id}
+    for name, token in tokens.items():
+        if bundle.tokenizer.token_to_id(token) is not None:
+            ids[name] = bundle.tokenizer.token_to_id(token)
     for name, key in TOKEN_KEYS.items():
-        if bundle.tokenizer.token_to_id(tokens.get(name, "")) is not None:
-            values[f"tokenizer.ggml.{key}"] = bundle.tokenizer.token_to_id(tokens[name])
-    for key, ids in (("bos_token_id", config.bos_token_id),
-                     ("padding_token_id", config.pad_token_id)):
-        for token_id in id_list(ids):
-            values[f"tokenizer.ggml.{key}"] = token_id
-    for key, token_id in zip(END_KEYS, id_list(config.eos_token_id), strict=False):
+        if ids.get(name) is not None:
+            values[f"tokenizer.ggml.{key}"] = ids[name]
+    # the first of the ends is the tokenizer's own, which a chat template may use
+    ends = sorted(id_list(config.eos_token_id), key=lambda end: end != ids.get("eos_token"))
+    for key, token_id in zip(END_KEYS, ends, strict=False):
         values[f"tokenizer.ggml.{key}"] = token_id
 
     generation = hf_files.contents(files, "generation_config.json")
@@ -434,8 +441,9 @@ def to_files(values: dict, config: Config, tokenizer: Tokenizer) -> dict[str, st
     for name, key in {**TOKEN_KEYS, "eos_token": "eos_token_id"}.items():
         if f"tokenizer.ggml.{key}" in values:
             settings[name] = tokenizer.id_to_token(values[f"tokenizer.ggml.{key}"])
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
-                  "pad_token_id": config.pad_token_id}
+    generation = {"bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
+                  "eos_token_id": read_ends(values),
+                  "pad_token_id": values.get("tokenizer.ggml.padding_token_id")}
     for name, key in SAMPLING_KEYS.items():
         if f"general.sampling.{key}" in values:
             value = values[f"general.sampling.{key}"]
@@ -462,7 +470,7 @@ def to_files(values: dict, config: Config, tokenizer: Tokenizer) -> dict[str, st
 SAY_NOTHING = {"tokenizer_class", "backend", "is_local", "transformers_version", "vocab_size",
                "_from_model_config", "added_tokens_decoder", "additional_special_tokens",
                "extra_special_tokens", "add_bos_token", "add_eos_token", "model_input_names",
-               "errors"}
+               "model_max_length", "errors"}
 
 
 def differences(files: dict[str, str], others: dict[str, str]) -> list[str]:
@@ -474,6 +482,9 @@ def differences(files: dict[str, str], others: dict[str, str]) -> list[str]:
             for key, value in hf_files.contents(files, name).items():
                 if isinstance(value, dict) and "content" in value:
                     value = value["content"]
+                if key == "eos_token_id":  # a set
+                    value = sorted(id_list(value))
+                    other[key] = sorted(id_list(other[key]))
                 if value and key not in SAY_NOTHING and value != other.get(key):
                     lost.append(f"{key} of {name}")
         elif name == "README.md":

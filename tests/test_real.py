@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from bench.llama_cpp import LlamaCpp
+from lib import models
+from lib.files import remove
 from smollm import SmolLM, load_tokenizer
 from tests.helpers import PROMPTS, ROOT, greedy, run
 
@@ -187,19 +189,51 @@ def talk(source: Path, *lines: str) -> subprocess.CompletedProcess:
     return result
 
 
-def test_chat_remembers_and_resets(real, model):
+QUESTIONS = ["What is gravity?", "And magnetism?", "Which is stronger?", "Thanks!", "Say it again."]
+
+
+@pytest.fixture(scope="module")
+def answers(real, hf, both_cores) -> list[str]:
+    """What transformers says, by apply_chat_template and greedy generation, turn by turn."""
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    messages = []
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                            return_tensors="pt")["input_ids"]
+        made = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
+                           do_sample=False)
+        answer = tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+    return [message["content"] for message in messages[1::2]]
+
+
+@pytest.mark.parametrize("stations", [[], ["a.pt", "from a.pt"], ["a.gguf", "from a.gguf"]],
+                         ids=["as it is", "through ckpt.pt", "through GGUF"])
+def test_a_conversation_of_five_turns_is_that_of_transformers(stations, real, answers, tmp_path):
+    source = real
+    for station in stations:
+        models.write(tmp_path / station, models.load(source), "float32")
+        source = tmp_path / station
+    assert talk(source, *QUESTIONS).stdout.rstrip("\n") == "\n".join(answers)
+    for station in stations:
+        remove(tmp_path / station)  # half a gigabyte
+
+
+def test_a_folder_written_here_is_complete_for_transformers(real, answers):
+    generation = GenerationConfig.from_pretrained(real)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
+    messages = []
+    writer = pipeline("text-generation", model=str(real), tokenizer=str(real))
+    for question, answer in zip(QUESTIONS[:2], answers, strict=False):
+        messages.append({"role": "user", "content": question})
+        messages = writer(messages, max_new_tokens=20, do_sample=False)[0]["generated_text"]
+        assert messages[-1] == {"role": "assistant", "content": answer}
+
+
+def test_a_reset_makes_a_chat_forget(real):
     told = talk(real, "What is gravity?", "And magnetism?", "/reset", "And magnetism?")
-    tokenizer = load_tokenizer(real)
-    text = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
-    text += "Face<|im_end|>\n"
-    answers = []
-    for question in ("What is gravity?", "And magnetism?"):
-        text += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        ids = greedy(model, tokenizer.encode(text).ids, 20, eos_id=EOS)
-        answers.append(tokenizer.decode(ids))
-        text += answers[-1] + "<|im_end|>\n"
-    assert told.stdout.startswith("\n".join(answers) + "\n")
-    assert told.stdout.count(answers[1]) == 1  # after the reset it knows of no gravity
+    assert told.stdout.endswith(talk(real, "And magnetism?").stdout)
 
 
 def test_chat_says_when_its_context_is_full(real, tmp_path):
