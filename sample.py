@@ -129,6 +129,70 @@ def complete(bundle: models.Bundle, o: Options, sampling: dict):
 # ---- Chat
 
 
+class Conversation:
+    """What was said, as messages, and a KV cache of it.
+
+    It is written anew at each turn, as the model's chat template says. The cache keeps what is as
+    before, so a turn processes its new tokens only.
+    """
+    def __init__(self, bundle: models.Bundle, o: Options, sampling: dict):
+        from lib import chat  # with jinja, which only a chat needs
+        self.model = bundle.model
+        self.tokenizer = bundle.tokenizer
+        self.max_new_tokens = o.max_new_tokens
+        self.sampling = sampling
+        config = bundle.model.config
+        self.template, self.ends = chat.load(bundle.tokenizer, config, bundle.files, o.ckpt)
+        self.opening = self.template.opening(o.system)
+        self.limit = min(config.max_position_embeddings, 2048 if o.compile else 8192)
+        self.cache = make_cache(bundle.model, 1, self.limit, o.compile)
+        self.cached_ids = []  # the tokens that it holds
+        self.reset()
+
+    def reset(self):
+        self.messages = list(self.opening)
+
+    def say(self, text: str) -> bool:
+        """Print the model's answer to text, which Ctrl-C ends. False if the context is full."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self.tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids
+        room = self.limit - len(ids)
+        if room < 1:
+            return False
+        # keep what is as before, but leave a token to be processed
+        self.cached_ids = ids[:num_equal(self.cached_ids, ids[:-1])]
+        self.cache.length = len(self.cached_ids)
+        new_ids = torch.tensor([ids[self.cache.length:]], device=self.cache.positions.device)
+        columns = self.model.generate(new_ids, min(room, self.max_new_tokens or room),
+                                      eos_id=self.ends, cache=self.cache, **self.sampling)
+        answer = []
+        try:
+            stream(self.tokenizer, until(self.ends, recorded(columns, answer)))
+        except KeyboardInterrupt:
+            print()
+        if not answer:
+            return True  # it was ended before it began: as if nothing was said
+        self.cached_ids = ids + answer[:-1]
+        answer_text = self.tokenizer.decode(list(until(self.ends, answer)))
+        self.messages = [*messages, {"role": "assistant", "content": answer_text}]
+        return len(answer) < room or answer[-1] in self.ends
+
+
+def num_equal(a: list[int], b: list[int]) -> int:
+    """How many ids both begin with."""
+    for i, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return i
+    return min(len(a), len(b))
+
+
+def recorded(columns, ids: list[int]):
+    """The id in each column (1, 1), which is appended to ids, too."""
+    for column in columns:
+        ids.append(column.item())
+        yield ids[-1]
+
+
 def read_line() -> str | None:
     """What the user says next; None: nothing more. A terminal can edit it, and has a history."""
     if sys.stdin is None:
@@ -142,73 +206,18 @@ def read_line() -> str | None:
 
 
 def converse(bundle: models.Bundle, o: Options, sampling: dict):
-    """A conversation, written as the model's chat template says. /reset forgets all, end-of-file
-    leaves, Ctrl-C ends an answer.
-
-    The whole conversation is written anew at each turn. But the KV cache keeps what is as before,
-    so a turn processes its new tokens only.
-    """
-    from lib import chat  # with jinja, which only a chat needs
-    model = bundle.model
-    tokenizer = bundle.tokenizer
-    device = model.model.norm.weight.device
-    template, ends = chat.load(tokenizer, model.config, bundle.files, o.ckpt)
-    opening = template.opening(o.system)
-    limit = min(model.config.max_position_embeddings, 2048 if o.compile else 8192)
-    cache = make_cache(model, 1, limit, o.compile)
-    cached_ids = []  # the tokens that it holds
-    messages = list(opening)
-    while True:
-        text = o.prompt or read_line()
-        if text is None:
-            return
-        if text.strip() == "/reset" and not o.prompt:
-            messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": text})
-        ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
-        room = limit - len(ids)
-        is_full = room < 1
-        if is_full:
-            messages.pop()
-        else:
-            cache.length = num_equal(cached_ids, ids[:-1])  # at least one is left to be processed
-            cached_ids = ids[:cache.length]
-            columns = model.generate(torch.tensor([ids[cache.length:]], device=device),
-                                     min(room, o.max_new_tokens or room),
-                                     eos_id=ends, cache=cache, **sampling)
-            answer = []
-            try:
-                stream(tokenizer, until(ends, recorded(columns, answer)))
-            except KeyboardInterrupt:
-                print()
-            if answer:
-                cached_ids = ids + answer[:-1]
-            is_full = len(answer) == room and answer[-1] not in ends
-            said = tokenizer.decode(list(until(ends, answer)))
-            messages.append({"role": "assistant", "content": said})
-        if is_full and o.prompt:
-            raise InputError(f"the context of {limit} tokens is full: shorten the prompt")
-        if is_full:
-            print(f"(the context of {limit} tokens is full: /reset starts a new conversation)",
-                  file=sys.stderr)
-        if o.prompt:
-            return
-
-
-def recorded(columns, ids: list[int]):
-    """The id in each column (1, 1), which is appended to ids, too."""
-    for column in columns:
-        ids.append(column.item())
-        yield ids[-1]
-
-
-def num_equal(a: list[int], b: list[int]) -> int:
-    """How many ids both begin with."""
-    for i, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
-            return i
-    return min(len(a), len(b))
+    """A conversation; with a prompt, one answer to it. /reset forgets all, end-of-file leaves."""
+    conversation = Conversation(bundle, o, sampling)
+    is_full = f"the context of {conversation.limit} tokens is full"
+    if o.prompt:
+        if not conversation.say(o.prompt):
+            raise InputError(f"{is_full}: shorten the prompt")
+        return
+    while (text := read_line()) is not None:
+        if text.strip() == "/reset":
+            conversation.reset()
+        elif not conversation.say(text):
+            print(f"({is_full}: /reset starts a new conversation)", file=sys.stderr)
 
 
 # ---- The script
