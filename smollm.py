@@ -681,7 +681,7 @@ def drop_redundant(tensors: dict, config: Config) -> dict:
             name = f"model.{name}"  # of a model that was saved without its head
         if name == "lm_head.weight":
             name = "model.embed_tokens.weight"
-        if name in named and not torch.equal(tensor, named[name]):
+        if name in named and not torch.equal(tensor.float(), named[name].float()):
             raise InputError(f"{name} is stored twice, and differs: with an untied lm_head.weight "
                              "it is another architecture")
         named[name] = tensor

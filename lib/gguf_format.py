@@ -124,7 +124,7 @@ def read(path: Path) -> tuple[SmolLM, Tokenizer, dict[str, str]]:
     config = read_config(reader, values, vocab_size=int(tensors["token_embd.weight"].shape[1]))
     with torch.device("meta"):
         model = SmolLM(config)
-    drop_head(tensors)
+    drop_redundant(tensors)
     names = tensor_names(config)
     shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in tensors.items()}
     needed = {names[name]: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -149,14 +149,16 @@ def dequantize(tensor) -> np.ndarray:
     return gguf.dequantize(tensor.data, tensor.tensor_type)
 
 
-def drop_head(tensors: dict):
-    """Some files repeat the embedding as the output head. ValueError if it differs."""
-    if "output.weight" not in tensors:
-        return
-    head = dequantize(tensors.pop("output.weight"))
-    if not np.array_equal(head, dequantize(tensors["token_embd.weight"])):
-        raise ValueError("output.weight differs from token_embd.weight: with an untied head it is "
-                         "another architecture")
+def drop_redundant(tensors: dict):
+    """Some files repeat the embedding as the output head, or state factors for RoPE's frequencies
+    that are all 1. ValueError if they are something else."""
+    if "output.weight" in tensors:
+        head = dequantize(tensors.pop("output.weight"))
+        if not np.array_equal(head, dequantize(tensors["token_embd.weight"])):
+            raise ValueError("output.weight differs from token_embd.weight: with an untied head it "
+                             "is another architecture")
+    if "rope_freqs.weight" in tensors and np.any(tensors.pop("rope_freqs.weight").data != 1):
+        raise ValueError("its rope_freqs.weight scales RoPE, which is not implemented")
 
 
 def read_config(reader: Reader, values: dict, vocab_size: int) -> Config:
