@@ -194,8 +194,9 @@ class Config:
 
 
 def read_rope(hf: dict) -> dict:
-    """What a config.json says of RoPE inside "rope_scaling" (transformers 4) or "rope_parameters"
-    (5): {"rope_theta": ...}, or nothing. InputError if that is not plain RoPE."""
+    """The rope_theta of a config.json: {"rope_theta": ...}, or nothing. It may stand at the top, in
+    "rope_scaling" (transformers 4) or "rope_parameters" (5). InputError if these ask for more than
+    plain RoPE."""
     plain = {"rope_type": "default", "type": "default", "factor": 1, "partial_rotary_factor": 1}
     found = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -208,8 +209,10 @@ def read_rope(hf: dict) -> dict:
             if isinstance(value, dict) or (name in plain and value not in (None, plain[name])):
                 raise InputError(f"config: {key} has {name} {value!r}, only "
                                  f"{plain.get(name, 'a single setting')!r} is implemented")
-        if rope.get("rope_theta") is not None:
-            found["rope_theta"] = rope["rope_theta"]
+        for theta in (hf.get("rope_theta"), rope.get("rope_theta")):
+            if theta is not None and found.setdefault("rope_theta", theta) != theta:
+                raise InputError(f"config: rope_theta is stated twice, {found['rope_theta']!r} and "
+                                 f"{theta!r}: leave the right one")
     return found
 
 
@@ -515,11 +518,12 @@ class SmolLM(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
-        (directory / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
         config = self.config.to_hf()
         dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
         config |= {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5, and 4
         write_json(directory / "config.json", config)
+        # safetensors lets only its owner read the file
+        (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
         write_json(directory / "generation_config.json", {name: config[name] for name in TOKEN_IDS})
         if tokenizer is None:
             return
@@ -610,6 +614,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # ---- Files: what from_pretrained uses
 
 SHARD_INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def local_path(source) -> Path:
@@ -642,7 +647,8 @@ def read_hf(directory: Path) -> tuple[Config, dict]:
         if "eos_token_id" in generation:  # then this one counts
             settings["eos_token_id"] = generation["eos_token_id"]
     tensors = read_tensors(directory)
-    if "lm_head.weight" in tensors:
+    names = [name.removeprefix("model.") for name in tensors]
+    if "lm_head.weight" in names and "embed_tokens.weight" in names:
         settings["tie_word_embeddings"] = True  # drop_redundant sees to it
     config = Config.from_hf(settings)
     return config, drop_redundant(tensors, config)
@@ -680,10 +686,10 @@ def drop_redundant(tensors: dict, config: Config) -> dict:
         if name.startswith(("embed_tokens.", "layers.", "norm.")):
             name = f"model.{name}"  # of a model that was saved without its head
         if name == "lm_head.weight":
-            name = "model.embed_tokens.weight"
+            name = EMBEDDING
         if name in named and not torch.equal(tensor.float(), named[name].float()):
-            raise InputError(f"{name} is stored twice, and differs: with an untied lm_head.weight "
-                             "it is another architecture")
+            kind = "lm_head.weight is untied from it" if name == EMBEDDING else "it is stored twice"
+            raise InputError(f"{name}: {kind}, with other values: this is not implemented")
         named[name] = tensor
     return named
 

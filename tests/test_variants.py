@@ -99,6 +99,9 @@ def rounded(tensors: dict) -> dict:
 REDUNDANT = {  # what a folder has, from its tensors; and its settings
     "the head, too": (lambda t: t | {HEAD: t[EMBEDDING]}, {}),
     "the head alone": (head_alone, {}),
+    "the head, too, with more bits": (
+        lambda t: t | {EMBEDDING: t[EMBEDDING].bfloat16(), HEAD: t[EMBEDDING].bfloat16().float()},
+        {}),
     "the head, too, of a config that says untied": (
         lambda t: t | {HEAD: t[EMBEDDING]}, {"tie_word_embeddings": False}),
     "the head, too, of a config that does not say tied": (
@@ -163,6 +166,8 @@ def with_one_number_else(tensor: torch.Tensor) -> torch.Tensor:
 
 CONTRADICTIONS = {  # as above, and what the message says
     "another head": (lambda t: t | {HEAD: with_one_number_else(t[EMBEDDING])}, {}, HEAD),
+    "the head before it was rounded": (
+        lambda t: t | {EMBEDDING: t[EMBEDDING].bfloat16(), HEAD: t[EMBEDDING]}, {}, HEAD),
     "another head, said to be untied": (
         lambda t: t | {HEAD: with_one_number_else(t[EMBEDDING])},
         {"tie_word_embeddings": False}, HEAD),
@@ -495,6 +500,12 @@ def test_gguf_may_repeat_the_embedding_as_its_head(whole, tmp_path):
     check_same_as_original(path)
 
 
+def test_gguf_may_have_factors_of_one_for_rope(whole, tmp_path):
+    path = tmp_path / "variant.gguf"
+    rewrite(whole, path, tensors={"rope_freqs.weight": np.ones(4, np.float32)})
+    check_same_as_original(path)
+
+
 def test_gguf_with_another_head_is_refused_by_name(whole, tmp_path):
     head = embedding_of(whole)
     head[7, 3] += 0.5
@@ -525,7 +536,8 @@ def test_a_gguf_key_that_would_change_the_result_is_refused_by_name(key, whole, 
 
 @pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_q.bias"])
 def test_a_gguf_tensor_that_would_change_the_result_is_refused_by_name(name, whole, tmp_path):
-    rewrite(whole, tmp_path / "variant.gguf", tensors={name: np.ones(4, np.float32)})
+    array = np.array([1, 1, 2, 8], np.float32)
+    rewrite(whole, tmp_path / "variant.gguf", tensors={name: array})
     assert name in message_of(lambda: models.load(tmp_path / "variant.gguf"))
 
 
