@@ -27,7 +27,7 @@ from smollm import InputError, id_list
 
 @dataclass
 class Options:
-    ckpt: cli.PathOrId = "out/ckpt.pt"  # a ckpt.pt of train.py, HuggingFace directory, Hub id, or
+    ckpt: cli.HomePath = "out/ckpt.pt"  # a ckpt.pt of train.py, HuggingFace directory, Hub id, or
     #                                     GGUF file
     prompt: str = ""  # the text to continue; empty: start from the bos token; -: read it from stdin
     num_samples: int = 1  # continuations, made together as one batch
@@ -47,11 +47,11 @@ class Options:
 
 
 def stream(tokenizer, ids, before=()) -> list[int]:
-    """Print the text of ids as they come, which go on from the ids before. Returns them.
+    """Print the text of ids as they come, and return them. before: the ids that they continue.
 
     Bytes are held back until they make a character. Those that never do are shown at the end as
-    U+FFFD. A token's text may depend on the one before, which in Llama's tokenizers makes a space:
-    so what is decoded begins with tokens that are shown already.
+    U+FFFD. A token's text may depend on the one before, as Llama's spaces do. So decoding begins
+    with tokens that are shown already.
     """
     seen = []
     window = list(before)
@@ -92,6 +92,7 @@ def complete(bundle: models.Bundle, o: Options, sampling: dict):
     room = config.max_position_embeddings - len(ids)
     max_new_tokens = o.max_new_tokens or max(1, min(200, room))
     input_ids = torch.tensor([ids] * o.num_samples, device=device)
+    # generate refuses more: allocate nothing for it
     length = min(len(ids) + max_new_tokens, config.max_position_embeddings)
     cache = make_cache(model, o.num_samples, length, o.compile)
     ends = id_list(config.eos_token_id)
@@ -109,10 +110,10 @@ def complete(bundle: models.Bundle, o: Options, sampling: dict):
         print(o.prompt, end="", flush=True)
         stream(tokenizer, until(ends, (row[0] for row in rows())), before=ids)
     else:
-        num_shown = len(tokenizer.decode(ids))
+        prompt_length = len(tokenizer.decode(ids))
         for sample in zip(*rows(), strict=True):
             text = tokenizer.decode(ids + list(until(ends, sample)))
-            print(o.prompt + text[num_shown:], "-" * 60, sep="\n")
+            print(o.prompt + text[prompt_length:], "-" * 60, sep="\n")
 
     milliseconds = 1000 * (times[1] - times[0])
     print(f"prefill: {len(ids)} tokens in {milliseconds:.0f} ms", file=sys.stderr)
@@ -144,6 +145,7 @@ class Conversation:
         config = bundle.model.config
         self.template, self.ends = chat.load(bundle.tokenizer, config, bundle.files, o.ckpt)
         self.opening = self.template.opening(o.system)
+        # the cache should not take all memory
         self.limit = min(config.max_position_embeddings, 2048 if o.compile else 8192)
         self.cache = make_cache(bundle.model, 1, self.limit, o.compile)
         self.cached_ids = []  # the tokens that it holds
@@ -187,7 +189,7 @@ def num_equal(a: list[int], b: list[int]) -> int:
 
 
 def recorded(columns, ids: list[int]):
-    """The id in each column (1, 1), which is appended to ids, too."""
+    """The id in each column (1, 1). It is appended to ids, too: Ctrl-C does not lose what came."""
     for column in columns:
         ids.append(column.item())
         yield ids[-1]
@@ -227,15 +229,15 @@ if __name__ == "__main__":
     cli.check_range(o, 1, 2**63, "num_samples", "max_new_tokens")
     cli.check_range(o, 0, 2**63, "seed")
     try:
-        (o.prompt + (o.system or "")).encode()
+        (o.prompt + (o.system or "")).encode()  # other bytes arrive as surrogates
     except UnicodeEncodeError as error:
         raise InputError(f"prompt and system must be UTF-8 text: {error}") from None
     sys.stdout.reconfigure(errors="replace")
-    if sys.stdin:
+    if sys.stdin is not None:
         # newline=None: a line may end with \r\n
         sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline=None)
     if o.prompt == "-":
-        if not sys.stdin:
+        if sys.stdin is None:
             raise InputError("prompt is -, but stdin is closed")
         o.prompt = sys.stdin.read()
     if hasattr(signal, "SIGPIPE"):

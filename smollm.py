@@ -53,21 +53,7 @@ class InputError(ValueError):
 # Settings that every SmolLM shares. A config.json with another value is refused.
 FIXED_SETTINGS = {"hidden_act": "silu", "tie_word_embeddings": True,
                   "attention_bias": False, "mlp_bias": False}
-# What transformers takes, by model_type, for settings that a config.json leaves out. A llama that
-# says nothing of tied embeddings is not tied.
-HF_DEFAULTS = {
-    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "rope_theta": 1e4,
-              "rms_norm_eps": 1e-6, "initializer_range": 0.02, "no_rope_layer_interval": 0,
-              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-              "tie_word_embeddings": False},
-    "smollm3": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
-                "rms_norm_eps": 1e-6, "initializer_range": 0.02, "no_rope_layer_interval": 4,
-                "bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004,
-                "tie_word_embeddings": True},
-}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Settings whose null says something: as many key/value heads as query heads; no such token
-NULL_SETTINGS = ("num_key_value_heads", *TOKEN_IDS)
 
 
 def check_number(name: str, value, kind: type, low, high):
@@ -138,10 +124,11 @@ class Config:
         model_type = hf.get("model_type")
         if model_type not in HF_DEFAULTS:
             raise InputError(f"config: model_type is {model_type!r}, not llama or smollm3")
-        defaults = HF_DEFAULTS[model_type]
         stated = {name: value for name, value in hf.items()
                   if value is not None or name in NULL_SETTINGS}
         stated |= read_rope(hf)
+        defaults = HF_DEFAULTS[model_type]
+        unstated = [name for name in defaults if name not in stated]
         values = defaults | stated
         names = [field.name for field in fields(cls)]
         for name in names:
@@ -151,17 +138,17 @@ class Config:
             values["num_key_value_heads"] = values["num_attention_heads"]
         check_number("vocab_size", values["vocab_size"], int, 1, 2**30)
         for name in TOKEN_IDS:
-            if name not in stated and (defaults[name] or 0) >= values["vocab_size"]:
+            if name in unstated and (defaults[name] or 0) >= values["vocab_size"]:
                 values[name] = None  # the default is no token of this model
         try:
             config = cls(**{name: values[name] for name in names})
             config.check_implemented(values)
         except InputError as error:
-            absent = [name for name in defaults if name in str(error) and name not in stated]
-            if not absent:
-                raise
-            raise InputError(f"{error} (transformers' default: the file does not state "
-                             f"{' and '.join(absent)})") from None
+            for name in unstated:
+                if name in str(error):
+                    raise InputError(f"{error} (the file does not state {name}: this is what "
+                                     "transformers takes then)") from None
+            raise
         return config
 
     def check_implemented(self, settings: dict):
@@ -191,29 +178,6 @@ class Config:
             hf["model_type"] = "smollm3"
             hf["architectures"] = ["SmolLM3ForCausalLM"]
         return hf
-
-
-def read_rope(hf: dict) -> dict:
-    """The rope_theta of a config.json: {"rope_theta": ...}, or nothing. It may stand at the top, in
-    "rope_scaling" (transformers 4) or "rope_parameters" (5). InputError if these ask for more than
-    plain RoPE."""
-    plain = {"rope_type": "default", "type": "default", "factor": 1, "partial_rotary_factor": 1}
-    found = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key) or {}
-        if not isinstance(rope, dict):
-            raise InputError(f"config: {key} is {rope!r}, not a dict")
-        if rope.get("factor") == 1:  # linear scaling by 1 is none
-            rope = {name: value for name, value in rope.items() if value != "linear"}
-        for name, value in rope.items():
-            if isinstance(value, dict) or (name in plain and value not in (None, plain[name])):
-                raise InputError(f"config: {key} has {name} {value!r}, only "
-                                 f"{plain.get(name, 'a single setting')!r} is implemented")
-        for theta in (hf.get("rope_theta"), rope.get("rope_theta")):
-            if theta is not None and found.setdefault("rope_theta", theta) != theta:
-                raise InputError(f"config: rope_theta is stated twice, {found['rope_theta']!r} and "
-                                 f"{theta!r}: leave the right one")
-    return found
 
 
 SMOLLM_360M = dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
@@ -279,6 +243,12 @@ class Embedding(nn.Embedding):
         pass  # as in Linear
 
 
+def rope_frequency(head_dim: int, base: float, device=None):
+    """base^(-2i/D) for i = 0, 1, ..., D/2 - 1, in float32: radians by which a position turns."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1.0 / base**exponent
+
+
 def rope_table(position, head_dim: int, base: float):
     """Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864): the cos and sin, each
     (T, D) float32, of the angles by which queries and keys at position (T,) are turned.
@@ -288,8 +258,8 @@ def rope_table(position, head_dim: int, base: float):
     rows. The angles are made anew in every forward pass: as a buffer, model.to(bfloat16) would
     round them, which is wrong at far positions. Only cos and sin may be rounded.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
-    angle = position[:, None].float() * (1.0 / base**exponent)  # (T, D/2)
+    frequency = rope_frequency(head_dim, base, position.device)
+    angle = position[:, None].float() * frequency  # (T, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (T, D)
     return angle.cos(), angle.sin()
 
@@ -528,15 +498,7 @@ class SmolLM(nn.Module):
         if tokenizer is None:
             return
         tokenizer.save(str(directory / "tokenizer.json"))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": self.config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        }
-        for name in TOKEN_IDS:
-            for token_id in id_list(config[name])[:1]:
-                settings[name.removesuffix("_id")] = tokenizer.id_to_token(token_id)
-        write_json(directory / "tokenizer_config.json", settings)
+        write_json(directory / "tokenizer_config.json", tokenizer_settings(self.config, tokenizer))
 
 
 # ---- Inference: what generate uses
@@ -611,10 +573,54 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(probs, 1, generator=generator)
 
 
-# ---- Files: what from_pretrained uses
+# ---- Files: what from_hf and from_pretrained use
 
+# What transformers takes, by model_type, for settings that a config.json leaves out. A llama that
+# says nothing of tied embeddings is not tied.
+HF_DEFAULTS = {
+    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "rope_theta": 1e4,
+              "rms_norm_eps": 1e-6, "initializer_range": 0.02, "no_rope_layer_interval": 0,
+              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+              "tie_word_embeddings": False},
+    "smollm3": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
+                "rms_norm_eps": 1e-6, "initializer_range": 0.02, "no_rope_layer_interval": 4,
+                "bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004,
+                "tie_word_embeddings": True},
+}
+# Settings whose null says something: as many key/value heads as query heads; no such token
+NULL_SETTINGS = ("num_key_value_heads", *TOKEN_IDS)
+# Plain RoPE, as a config.json spells it
+PLAIN_ROPE = {"rope_type": "default", "type": "default", "factor": 1, "partial_rotary_factor": 1}
 SHARD_INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
+
+
+def read_rope(hf: dict) -> dict:
+    """The rope_theta of a config.json: {"rope_theta": ...}, or nothing. It may stand at the top, in
+    "rope_scaling" (transformers 4) or "rope_parameters" (5). InputError if these ask for more than
+    plain RoPE."""
+    found = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(key) or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"config: {key} is {rope!r}, not a dict")
+        if rope.get("factor") == 1:  # linear scaling by 1 is none
+            rope = {name: value for name, value in rope.items() if value != "linear"}
+        for name, value in rope.items():
+            if isinstance(value, dict):
+                raise InputError(f"config: {key} has {name} {value!r}: only one RoPE, for all "
+                                 "layers, is implemented")
+            if name in PLAIN_ROPE and value not in (None, PLAIN_ROPE[name]):
+                raise InputError(f"config: {key} has {name} {value!r}, only {PLAIN_ROPE[name]!r} "
+                                 "is implemented")
+        for theta in (hf.get("rope_theta"), rope.get("rope_theta")):
+            if theta is None:
+                continue
+            if found and found["rope_theta"] != theta:
+                raise InputError(f"config: rope_theta is stated twice, {found['rope_theta']!r} and "
+                                 f"{theta!r}: leave the right one")
+            found["rope_theta"] = theta
+    return found
 
 
 def local_path(source) -> Path:
@@ -622,8 +628,8 @@ def local_path(source) -> Path:
     unless the Hub's cache has it."""
     path = Path(source).expanduser()
     repo_id, _, revision = str(source).partition("@")
-    is_file = path.suffix in (".pt", ".json", ".gguf") or str(source).startswith(("~", "."))
-    if path.exists() or is_file or repo_id.count("/") != 1:
+    looks_local = path.suffix in (".pt", ".json", ".gguf") or str(source).startswith(("~", "."))
+    if path.exists() or looks_local or repo_id.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
@@ -638,6 +644,21 @@ def write_json(path: Path, contents: dict):
     path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def tokenizer_settings(config: Config, tokenizer) -> dict:
+    """The contents of a tokenizer_config.json, with the names of tokens: bos_token, eos_token."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    for name in TOKEN_IDS:
+        for token_id in id_list(getattr(config, name))[:1]:
+            token = tokenizer.id_to_token(token_id)
+            if token is not None:  # a row of the embedding that has no token
+                settings[name.removesuffix("_id")] = token
+    return settings
+
+
 def read_hf(directory: Path) -> tuple[Config, dict]:
     """The config of a HuggingFace directory, and its tensors by name."""
     settings = json.loads((directory / "config.json").read_text("utf-8"))
@@ -649,7 +670,7 @@ def read_hf(directory: Path) -> tuple[Config, dict]:
     tensors = read_tensors(directory)
     names = [name.removeprefix("model.") for name in tensors]
     if "lm_head.weight" in names and "embed_tokens.weight" in names:
-        settings["tie_word_embeddings"] = True  # drop_redundant sees to it
+        settings["tie_word_embeddings"] = True  # drop_redundant refuses them if they differ
     config = Config.from_hf(settings)
     return config, drop_redundant(tensors, config)
 
@@ -675,21 +696,22 @@ def read_tensors(directory: Path) -> dict:
 def drop_redundant(tensors: dict, config: Config) -> dict:
     """The tensors under their published names, without those that only repeat what is known: some
     files store the tied head, too, or RoPE's frequencies. InputError if one says otherwise."""
-    theta = config.rope_theta
-    frequency = theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    frequency = rope_frequency(config.head_dim, config.rope_theta)
     named = {}
     for name, tensor in tensors.items():
         if name.endswith("rotary_emb.inv_freq"):
             if tensor.shape != frequency.shape or not tensor.float().allclose(frequency, rtol=0.01):
-                raise InputError(f"{name} is not what rope_theta {theta} gives")
+                raise InputError(f"{name} is not what rope_theta {config.rope_theta} gives")
             continue
         if name.startswith(("embed_tokens.", "layers.", "norm.")):
             name = f"model.{name}"  # of a model that was saved without its head
         if name == "lm_head.weight":
             name = EMBEDDING
         if name in named and not torch.equal(tensor.float(), named[name].float()):
-            kind = "lm_head.weight is untied from it" if name == EMBEDDING else "it is stored twice"
-            raise InputError(f"{name}: {kind}, with other values: this is not implemented")
+            if name == EMBEDDING:
+                raise InputError(f"lm_head.weight differs from {name}: an untied head is not "
+                                 "implemented")
+            raise InputError(f"{name} is stored twice, with other values")
         named[name] = tensor
     return named
 

@@ -32,19 +32,19 @@ from smollm import PRESETS, InputError, SmolLM, load_tokenizer
 
 @dataclass
 class Options:
-    out_dir: cli.PathOrId = "out"  # folder of the checkpoint, ckpt.pt
+    out_dir: cli.HomePath = "out"  # folder of the checkpoint, ckpt.pt
     overwrite: bool = False  # start over in an out_dir that has a checkpoint
-    init_from: cli.PathOrId = "scratch"  # or resume, from out_dir's ckpt.pt; or from the model in
+    init_from: cli.HomePath = "scratch"  # or resume, from out_dir's ckpt.pt; or from the model in
     #                                      a HuggingFace folder, Hub id, GGUF file or other ckpt.pt
     model: str = "smollm2-135m"  # from scratch: a preset of smollm.py, as nano, micro, smollm2-360m
     # data
-    dataset: cli.PathOrId = "stdlib"  # Python's standard library; cosmopedia, fineweb-edu,
+    dataset: cli.HomePath = "stdlib"  # Python's standard library; cosmopedia, fineweb-edu,
     #                                   smollm-corpus or another Hub id; a file or folder of .txt,
     #                                   .md, .py, .jsonl, .parquet
     dataset_config: str | None = None  # of a Hub id, where it has several
     text_column: str = "text"  # of the Hub's data, and of .jsonl and .parquet files
     max_tokens: int | None = None  # train on only so many, again and again; None: no limit
-    tokenizer: cli.PathOrId | None = None  # file, folder or Hub id; None: cosmo2-tokenizer for the
+    tokenizer: cli.HomePath | None = None  # file, folder or Hub id; None: cosmo2-tokenizer for the
     #                                        Hub's data, else one that is trained on the dataset
     block_size: int = 512  # tokens in a sequence
     batch_size: int = 8  # sequences in a micro-batch
@@ -269,7 +269,7 @@ if __name__ == "__main__":
         torch.manual_seed(o.seed)
         config = replace(PRESETS[o.model])  # a copy, which gets the tokenizer's bos and eos below
         model = SmolLM(config).to(device)
-        files = {}  # what goes with a model, as its chat template
+        files = {}  # what comes with a model, such as its chat template
         tokenizer = None
         if o.tokenizer:
             with cli.reading(o.tokenizer):

@@ -43,7 +43,7 @@ class Options:
     block_size: int = 128  # tokens of each
     learning_rate: float = 3e-3
     seeds: tuple[int, ...] = (0, 1, 2)
-    dataset: cli.PathOrId = "stdlib"
+    dataset: cli.HomePath = "stdlib"
     device: str = "auto"
 
 

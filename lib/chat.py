@@ -1,4 +1,4 @@
-"""Conversations as text: a chat template, which is in jinja and comes with a model, is rendered as
+"""Conversations as text. A model's chat template is written in jinja. It is rendered here as
 transformers does (utils/chat_template_utils.py)."""
 
 import json
@@ -41,7 +41,7 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def to_json(value, ensure_ascii=False, **how) -> str:
+def tojson(value, ensure_ascii=False, **how) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)  # jinja's own escapes HTML
 
 
@@ -50,7 +50,7 @@ class ChatTemplate:
     def __init__(self, template: str, token_names: dict[str, str]):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        environment.filters["tojson"] = to_json
+        environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = strftime_now
         self.token_names = token_names
@@ -71,19 +71,25 @@ class ChatTemplate:
         message. InputError if the template does not take this one."""
         if system is None:
             return []
-        messages = [{"role": "system", "content": system}]
         question = {"role": "user", "content": "Hi"}
-        if self.render([*messages, question]) == self.render([question]):
+
+        def rendered(content):
+            return self.render([{"role": "system", "content": content}, question])
+
+        is_ignored = rendered(system) == self.render([question])
+        if is_ignored and system:  # it may be the template's own, where another one counts
+            is_ignored = rendered(system) == rendered(system + " Rhyme.")
+        if is_ignored:
             raise InputError(f"system is {system!r}, which the model's chat template ignores: "
                              "leave it out")
-        return messages
+        return [{"role": "system", "content": system}]
 
 
 def load(tokenizer: Tokenizer, config: Config, files: dict[str, str],
          source) -> tuple[ChatTemplate, list[int]]:
-    """The template with which a model converses, and the ids of the tokens that end an answer:
-    those of its config. InputError, which names source, if it has no template, nor the tokens of
-    ChatML."""
+    """A model's chat template, and the ids of the tokens that end an answer: those of its config.
+    Without a template it is ChatML, which has an end of its own. InputError, which names source,
+    if the tokenizer lacks ChatML's tokens."""
     templates = hf_files.templates_in(files)
     names = hf_files.token_names(files, config, tokenizer)
     eos_ids = id_list(config.eos_token_id)

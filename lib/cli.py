@@ -11,8 +11,8 @@ import tyro
 from smollm import InputError
 
 
-# The type of an option that is a path, or may be one: ~ is the home folder
-PathOrId = Annotated[str, "path"]
+# The type of an option that is a path, or may be one: a ~ at its beginning is the home folder
+HomePath = Annotated[str, "path"]
 
 
 def parse(options: type, description: str, default=None):
@@ -45,12 +45,11 @@ def check_range(o, low, high, *names: str):
 def one_line_errors(kind, error, traceback):
     """A sys.excepthook: what the user or the machine did is told in one line. Bugs keep their
     traceback."""
-    # on a CPU torch tells of this with a RuntimeError
-    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if no_memory or "DefaultCPUAllocator" in str(error):
+    lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if lacks_memory or "DefaultCPUAllocator" in str(error):  # a RuntimeError, on a CPU
         print(f"error: out of memory: ask for less at once, such as fewer samples or a smaller "
               f"batch_size: {in_one_line(error)}", file=sys.stderr)
-    elif issubclass(kind, InputError | OSError | KeyboardInterrupt):
+    elif isinstance(error, InputError | OSError | KeyboardInterrupt):
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from lib.cli import reading
-from smollm import TOKEN_IDS, Config, InputError, id_list
+from smollm import Config, InputError, tokenizer_settings
 
 NAMES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
 MORE_TEMPLATES = "additional_chat_templates"
@@ -26,7 +26,7 @@ TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", 
 
 
 def read(folder: Path) -> dict[str, str]:
-    """Those of a folder. InputError if one is not what it should be."""
+    """The small files of a folder. InputError if one is not what it should be."""
     files = {}
     paths = [folder / name for name in NAMES]
     paths += sorted(folder.glob(f"{MORE_TEMPLATES}/*.jinja"))
@@ -35,15 +35,16 @@ def read(folder: Path) -> dict[str, str]:
             with reading(path):
                 files[path.relative_to(folder).as_posix()] = path.read_text("utf-8")
     settings = contents(files, "tokenizer_config.json")
-    contents(files, "generation_config.json")
+    contents(files, "generation_config.json")  # is JSON, or refused
     tokens_path = folder / "special_tokens_map.json"  # of transformers 4
     if tokens_path.exists() and "added_tokens_decoder" not in settings:
         with reading(tokens_path):
             settings = settings | json.loads(tokens_path.read_text("utf-8"))
     templates = named_templates(settings.pop("chat_template", None))
-    if not any(name.endswith(".jinja") for name in files):  # these come first
+    # a .jinja file comes before tokenizer_config.json, as in transformers
+    if not any(name.endswith(".jinja") for name in files):
         files |= template_files(templates)
-    if settings:
+    if settings or "tokenizer_config.json" in files:
         files["tokenizer_config.json"] = to_json(settings)
     return files
 
@@ -81,19 +82,23 @@ def to_json(parsed: dict) -> str:
 
 
 def named_templates(stated) -> dict[str, str]:
-    """The templates by name, "default" among them, of a tokenizer_config.json: it states one as a
-    string, or several as a list of {"name": ..., "template": ...}."""
+    """The templates of a tokenizer_config.json, by name. It states one, the "default", as a string,
+    or several, as a dict or as a list of {"name": ..., "template": ...}."""
     if stated is None:
         return {}
     if isinstance(stated, str):
         return {"default": stated}
-    with reading("tokenizer_config.json", ": its chat_template is neither a string nor a list of "
-                 "names and templates"):
-        templates = {entry["name"]: entry["template"] for entry in stated}
-        for template in templates.values():
-            if not isinstance(template, str):
-                raise TypeError(f"a template is a {type(template).__name__}")
-        return templates
+    templates = stated
+    if isinstance(stated, list) and all(isinstance(entry, dict) for entry in stated):
+        templates = {entry.get("name"): entry.get("template") for entry in stated}
+    if not isinstance(templates, dict) or not are_strings(*templates, *templates.values()):
+        raise InputError("tokenizer_config.json: its chat_template is neither a string nor a list "
+                         "of names and templates")
+    return templates
+
+
+def are_strings(*values) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def template_files(templates: dict[str, str]) -> dict[str, str]:
@@ -139,14 +144,10 @@ def token_names(files: dict[str, str], config: Config, tokenizer: Tokenizer) -> 
     """The same, of a model; without a tokenizer_config.json its config names them."""
     if "tokenizer_config.json" in files:
         return named_tokens(contents(files, "tokenizer_config.json"))
-    tokens = {}
-    for name in TOKEN_IDS:
-        for token_id in id_list(getattr(config, name))[:1]:
-            tokens[name.removesuffix("_id")] = tokenizer.id_to_token(token_id)
-    return tokens
+    return named_tokens(tokenizer_settings(config, tokenizer))
 
 
-def add_ends(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None):
+def add_bos_and_eos(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None):
     """Let the tokenizer begin each text with bos and end it with eos; None: without."""
     parts = ["$A"]
     ends = []
@@ -174,12 +175,15 @@ def model_card(name: str, license: str | None = None, base_model: str | None = N
 
 
 def license_and_base_model(files: dict[str, str]) -> tuple[str | None, str | None]:
-    """What the model card says of both; of several base models, the first."""
+    """What the model card says of both; of several, the first."""
     if "README.md" not in files:
         return None, None
     from huggingface_hub import ModelCard
-    data = ModelCard(files["README.md"], ignore_metadata_errors=True).data
-    base_model = data.get("base_model")
-    if isinstance(base_model, list):
-        base_model = base_model[0] if base_model else None
-    return data.get("license"), base_model
+    with reading("README.md"):
+        data = ModelCard(files["README.md"], ignore_metadata_errors=True).data
+    found = []
+    for stated in (data.get("license"), data.get("base_model")):
+        if isinstance(stated, list) and stated:
+            stated = stated[0]
+        found.append(stated if isinstance(stated, str) else None)
+    return tuple(found)

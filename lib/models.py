@@ -19,7 +19,7 @@ from smollm import SHARD_INDEX, Config, InputError, SmolLM, load_tokenizer, loca
 
 @dataclass
 class Bundle:
-    """What is loaded, and converted."""
+    """A model with what belongs to it."""
     model: SmolLM
     tokenizer: Tokenizer
     files: dict[str, str]  # the small files of lib/hf_files.py, by name
@@ -122,8 +122,9 @@ def add_named_tokens(tokenizer: Tokenizer, settings: dict):
 
 
 def check_checkpoint(path: Path):
-    """ValueError if a file is none, or if it is compressed: its tensors could not be mapped."""
-    if path.exists() and not zipfile.is_zipfile(path):
+    """ValueError unless a file is a zip file, as torch.save writes it, and not compressed: tensors
+    that are compressed can't be mapped."""
+    if not zipfile.is_zipfile(path):
         advice = ""
         if path.suffix == ".safetensors":
             advice = ": name the folder that it is in, with its config.json and tokenizer.json"
@@ -145,8 +146,8 @@ def check_fit(tokenizer: Tokenizer, config: Config):
 
 
 def write(target: Path, bundle: Bundle, dtype: str):
-    """To a *.pt, a *.gguf or a directory, whole or not at all; dtype is that of the matrices.
-    Prints what the target can't hold."""
+    """Write the bundle to target, whole or not at all: a *.pt, a *.gguf or a directory. dtype is
+    that of all tensors; in a GGUF file norms stay in float32. Prints what the target can't hold."""
     kind = target.suffix.lower()
     model = bundle.model
     if kind != ".gguf":
@@ -161,7 +162,7 @@ def write(target: Path, bundle: Bundle, dtype: str):
                 print(f"{target}: a GGUF file can't hold {'; '.join(lost)}", file=sys.stderr)
         elif kind == ".pt":
             files = dict(bundle.files)
-            if bundle.hub_id:
+            if bundle.hub_id:  # which else would be forgotten
                 add_card(files, target.stem, bundle)
             torch.save({"model": model.state_dict(), "config": asdict(model.config),
                         "tokenizer": bundle.tokenizer.to_str(), "files": files}, temporary)
@@ -196,6 +197,6 @@ def add_card(files: dict[str, str], name: str, bundle: Bundle):
 
 
 def files_for_training(bundle: Bundle) -> dict[str, str]:
-    """The small files of a model that is trained from this one: the same, but for its card."""
+    """The small files of a model that is trained from this one: the same, with a new model card."""
     card = hf_files.model_card("A SmolLM", base_model=bundle.hub_id)
     return bundle.files | {"README.md": card}

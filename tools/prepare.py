@@ -18,10 +18,10 @@ from smollm import load_tokenizer
 
 @dataclass
 class Options:
-    dataset: cli.PathOrId = "cosmopedia"  # as in train.py
+    dataset: cli.HomePath = "cosmopedia"  # as in train.py
     dataset_config: str | None = None
     text_column: str = "text"
-    tokenizer: cli.PathOrId | None = None
+    tokenizer: cli.HomePath | None = None
     vocab_size: int = data.HUB_VOCAB  # of the model
     max_tokens: int = data.WINDOW  # rounded up to whole windows of 2^24
 
