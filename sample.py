@@ -17,10 +17,10 @@ from typing import Literal
 
 import torch
 
-from lib import cli, models
+from lib import cli, hf_files, models
 from lib.decode import avoid_onednn, make_cache, make_step
 from lib.device import pick_device
-from smollm import InputError, id_list
+from smollm import InputError, id_list, sample_token
 
 # ---- Options: the comments are their help
 
@@ -218,24 +218,42 @@ def converse(bundle: models.Bundle, o: Options, sampling: dict):
     while (text := read_line()) is not None:
         if text.strip() == "/reset":
             conversation.reset()
-        elif not conversation.say(text):
+        elif text.strip() and not conversation.say(text):
             print(f"({is_full}: /reset starts a new conversation)", file=sys.stderr)
 
 
 # ---- The script
 
+# Settings of generation_config.json that change the text, with what leaves it as it is
+NOT_HERE = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0,
+            "min_new_tokens": 0, "guidance_scale": 1, "encoder_repetition_penalty": 1,
+            "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
+            "forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": []}
+
+
+def say_what_is_not_done(bundle: models.Bundle):
+    """A line for settings that transformers heeds and sample.py does not."""
+    generation = hf_files.contents(bundle.files, "generation_config.json")
+    names = [name for name, neutral in NOT_HERE.items()
+             if generation.get(name) not in (None, neutral)]
+    if names:
+        print(f"its generation_config.json also asks for {', '.join(names)}, which sample.py does "
+              "not do", file=sys.stderr)
+
+
 if __name__ == "__main__":
     o = cli.parse(Options, __doc__)
     cli.check_range(o, 1, 2**63, "num_samples", "max_new_tokens")
     cli.check_range(o, 0, 2**63, "seed")
+    sample_token(torch.zeros(1, 1), o.temperature, o.top_k, o.top_p)  # if out of range, says so
     try:
         (o.prompt + (o.system or "")).encode()  # other bytes arrive as surrogates
     except UnicodeEncodeError as error:
         raise InputError(f"prompt and system must be UTF-8 text: {error}") from None
     sys.stdout.reconfigure(errors="replace")
     if sys.stdin is not None:
-        # newline=None: a line may end with \r\n
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline=None)
+        # newline=None: a line may end with \r\n; -sig: a file may begin with a mark
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)
     if o.prompt == "-":
         if sys.stdin is None:
             raise InputError("prompt is -, but stdin is closed")
@@ -251,6 +269,7 @@ if __name__ == "__main__":
     if not o.compile:
         avoid_onednn()
     bundle = models.load(o.ckpt, device, getattr(torch, o.dtype))
+    say_what_is_not_done(bundle)
     sampling = {
         "temperature": o.temperature,
         "top_k": o.top_k,

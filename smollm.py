@@ -93,8 +93,9 @@ class Config:
             check_number(name, getattr(self, name), int, 1, 2**30)
         if self.initializer_range is None:
             self.initializer_range = 1 / math.sqrt(self.hidden_size)
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+        for name in ("rope_theta", "rms_norm_eps"):
             check_number(name, getattr(self, name), float, 1e-12, 1e12)
+        check_number("initializer_range", self.initializer_range, float, 0, 1e12)
         check_number("num_hidden_layers", self.num_hidden_layers, int, 1, 1000)
         check_number("no_rope_layer_interval", self.no_rope_layer_interval, int, 0, 1000)
         for name in TOKEN_IDS:
@@ -140,6 +141,12 @@ class Config:
         for name in TOKEN_IDS:
             if name in unstated and (defaults[name] or 0) >= values["vocab_size"]:
                 values[name] = None  # the default is no token of this model
+        if values["pad_token_id"] == -1:  # none, in old files
+            values["pad_token_id"] = None
+        if model_type == "llama" and values["no_rope_layer_interval"] != 0:
+            raise InputError("config: no_rope_layer_interval is "
+                             f"{values['no_rope_layer_interval']!r}, but a llama has RoPE in every "
+                             "layer")
         try:
             config = cls(**{name: values[name] for name in names})
             config.check_implemented(values)
@@ -155,10 +162,13 @@ class Config:
         """InputError if one of the settings of a config.json asks for another computation."""
         implemented = FIXED_SETTINGS | {
             "head_dim": self.head_dim,
-            "no_rope_layers": self.layer_has_rope,  # despite HF's name, 1 (== True): has RoPE
+            # despite the name, 1 is a layer that has RoPE
+            "no_rope_layers": [int(has_rope) for has_rope in self.layer_has_rope],
             "layer_types": ["full_attention"] * self.num_hidden_layers,
             "use_sliding_window": False, "partial_rotary_factor": 1, "quantization_config": None,
         }
+        if settings.get("hidden_act") == "swish":  # another name of silu
+            del implemented["hidden_act"]
         for name, value in implemented.items():
             if settings.get(name) not in (None, value):
                 raise InputError(f"config: {name} is {settings[name]!r}, only {value!r} is "

@@ -5,6 +5,7 @@ import json
 from datetime import datetime
 
 import jinja2
+import jinja2.nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -29,8 +30,9 @@ class Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja's own way)
 
     def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def raise_exception(message: str):
@@ -41,8 +43,10 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def tojson(value, ensure_ascii=False, **how) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **how)  # jinja's own escapes HTML
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """In place of jinja's own, which escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
 
 class ChatTemplate:

@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's kind of file: a model and its tokenizer, read and written.
 
-The keys are those of github.com/ggml-org/ggml/blob/master/docs/gguf.md. lib/gguf_values.py has those
-of what else goes with a model.
+The keys are those of github.com/ggml-org/ggml/blob/master/docs/gguf.md. lib/gguf_values.py has
+those of what else goes with a model.
 """
 
 import json
@@ -125,6 +125,7 @@ def read(path: Path) -> tuple[SmolLM, Tokenizer, dict[str, str]]:
         raise ValueError("it has no token_embd.weight")
     values = {key: field.contents() for key, field in reader.fields.items()
               if key.startswith("general.") or "_token_id" in key or "chat_template" in key}
+    values = {key: value for key, value in values.items() if value != 2**32 - 1}  # no token
     config = read_config(reader, values, vocab_size=int(tensors["token_embd.weight"].shape[1]))
     with torch.device("meta"):
         model = SmolLM(config)
@@ -172,6 +173,12 @@ def read_config(reader: Reader, values: dict, vocab_size: int) -> Config:
     keys = {name: f"{arch}.{key}" for name, key in CONFIG_KEYS.items()}
     defaults = {"num_key_value_heads": reader.value(keys["num_attention_heads"]), "rope_theta": 1e4}
     settings = {name: reader.value(key, defaults.get(name)) for name, key in keys.items()}
+    for name, value in settings.items():
+        if isinstance(value, list):  # a number for each layer
+            if set(value) != {value[0]}:
+                raise ValueError(f"its {keys[name]} is {value}: layers that differ are not "
+                                 "implemented")
+            settings[name] = value[0]
     for name in ("rope_theta", "rms_norm_eps"):
         settings[name] = shortest(settings[name])
     config = Config(
@@ -182,26 +189,33 @@ def read_config(reader: Reader, values: dict, vocab_size: int) -> Config:
         eos_token_id=gguf_values.eos_of(values),
         pad_token_id=values.get("tokenizer.ggml.padding_token_id"))
 
-    # Keys that may stand there, if they say nothing new. Any other may change the result.
-    neutral = {
+    # Other keys may stand there if they say nothing new. If they do, they may change the result.
+    expected = {
         "vocab_size": [vocab_size],
         "rope.dimension_count": [config.head_dim],
         "attention.key_length": [config.head_dim],
         "attention.value_length": [config.head_dim],
-        "rope.scaling.type": ["none", "linear"],  # which a factor of 1, or 0 for none, leaves as is
-        "rope.scaling.factor": [0, 1],
-        "rope.scaling.attn_factor": [1],
-        "rope.scale_linear": [0, 1],
         "attention.causal": [True],
-        "expert_count": [0],
-        "expert_used_count": [0],
+        "rope.scaling.type": ["none", "linear"],  # by a factor of 1; 0 is none
+        "rope.scaling.factor": [0, 1],
+        "rope.scaling.attn_factor": [0, 1],
+        "rope.scale_linear": [0, 1],
+        "residual_scale": [0, 1],
+        "embedding_scale": [0, 1],
+        "logit_scale": [0, 1],
     }
+    never_matter = {"tensor_data_layout", "rope.scaling.finetuned",
+                    "rope.scaling.original_context_length"}
+    is_unscaled = reader.value(f"{arch}.rope.scaling.type", "") == "none"
     for key in reader.fields:
         name = key.removeprefix(f"{arch}.")
-        if name == key or key in keys.values() or name == "tensor_data_layout":
+        if name == key or key in keys.values() or name in never_matter:
             continue
-        if reader.value(key) not in neutral.get(name, []):
-            raise ValueError(f"its {key} is {reader.value(key)!r}, which is not implemented")
+        if is_unscaled and name.startswith("rope.scaling."):
+            continue
+        value = reader.value(key)
+        if value not in expected.get(name, [0]):  # of others 0, or False, says nothing
+            raise ValueError(f"its {key} is {value!r}, which is not implemented")
     return config
 
 

@@ -19,14 +19,20 @@ EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # A setting of generation_config.json, its key under general.sampling.
 SAMPLING_KEYS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
                  "repetition_penalty": "penalty_repeat"}
+# A model card's YAML, the key under general.
+CARD_KEYS = {"license": "license", "license_name": "license.name", "license_link": "license.link",
+             "base_model": "base_model.0.repo_url", "language": "languages", "tags": "tags"}
+ABOUT_THE_FILE = {"general.type", "general.architecture", "general.file_type", "general.alignment",
+                  "general.size_label", "general.quantization_version"}
 TEMPLATE = "tokenizer.chat_template"
 HUB = "https://huggingface.co/"
-# Settings of tokenizer_config.json and generation_config.json that are about a program, or that
-# the tokenizer says, too
-SAY_NOTHING = {"tokenizer_class", "backend", "is_local", "transformers_version", "vocab_size",
-               "_from_model_config", "added_tokens_decoder", "additional_special_tokens",
-               "extra_special_tokens", "add_bos_token", "add_eos_token", "model_input_names",
-               "errors"}
+# Settings of the JSON files that are about a program, or that model or tokenizer say, too
+SAY_NOTHING = {
+    "architectures", "use_cache", "pretraining_tp", "dtype", "torch_dtype", "_name_or_path",
+    "rope_scaling", "rope_parameters", "id2label", "label2id", "return_dict", "layer_types",
+    "chunk_size_feed_forward", "tokenizer_class", "backend", "is_local", "transformers_version",
+    "vocab_size", "_from_model_config", "added_tokens_decoder", "additional_special_tokens",
+    "extra_special_tokens", "add_bos_token", "add_eos_token", "model_input_names", "errors"}
 
 
 def shortest(value: float) -> float:
@@ -150,12 +156,26 @@ def to_files(values: dict, config: Config, tokenizer: Tokenizer) -> dict[str, st
             templates[key.removeprefix(f"{TEMPLATE}.")] = value
     files |= hf_files.template_files(templates)
 
-    license = values.get("general.license")
-    base_model = values.get("general.base_model.0.repo_url", "").removeprefix(HUB)
-    if license or base_model:
-        name = values.get("general.name", "A SmolLM")
-        files["README.md"] = hf_files.model_card(name, license, base_model or None)
+    if "general.name" in values:
+        files["README.md"] = card_of(values)
     return files
+
+
+def card_of(values: dict) -> str:
+    """A model card that says what the keys under general. do."""
+    data = {}
+    for name, key in CARD_KEYS.items():
+        if f"general.{key}" in values:
+            data[name] = values[f"general.{key}"]
+    if "base_model" in data:
+        data["base_model"] = data["base_model"].removeprefix(HUB)
+    told = {"general.name", *(f"general.{key}" for key in CARD_KEYS.values())}
+    notes = "".join(f"- {key}: {value}\n" for key, value in values.items()
+                    if key.startswith("general.") and key not in told | ABOUT_THE_FILE
+                    and not key.startswith(("general.base_model.", "general.sampling.")))
+    if notes:
+        notes = f"\nIts GGUF file says:\n\n{notes}"
+    return hf_files.model_card(values["general.name"], notes, **data)
 
 
 # ---- What has no key
@@ -166,6 +186,9 @@ def what_is_lost(values: dict, bundle) -> list[str]:
     config = bundle.model.config
     kept = to_files(values, config, bundle.tokenizer)
     lost = []
+    settings = hf_files.contents(bundle.files, "config.json")
+    ours = {name: settings.get(name) for name in Config.__dataclass_fields__}
+    kept["config.json"] = hf_files.to_json(config.to_hf() | ours)
     for name, text in bundle.files.items():
         if name.endswith(".json"):
             lost += [f"{key} of {name}" for key in lost_settings(name, bundle.files, kept)]

@@ -4,6 +4,8 @@
     tokenizer_config.json   the tokens that have names: bos_token, pad_token, ...
     chat_template.jinja     how a conversation is written; more of them in additional_chat_templates
     README.md               the model card, which begins with license and base_model in YAML
+    LICENSE
+    config.json             for the settings that are not ours
 
 A ckpt.pt keeps them as they are. A GGUF file has keys for most of what they say.
 """
@@ -18,7 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from lib.cli import reading
 from smollm import Config, InputError, tokenizer_settings
 
-NAMES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+NAMES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md",
+         "LICENSE", "config.json")
 MORE_TEMPLATES = "additional_chat_templates"
 # The names of tokens, as chat templates and transformers know them
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
@@ -32,10 +35,19 @@ def read(folder: Path) -> dict[str, str]:
     paths += sorted(folder.glob(f"{MORE_TEMPLATES}/*.jinja"))
     for path in paths:
         if path.exists():
+            is_prose = path.name in ("README.md", "LICENSE")  # which may have any bytes
             with reading(path):
-                files[path.relative_to(folder).as_posix()] = path.read_text("utf-8")
+                text = path.read_text("utf-8", "surrogateescape" if is_prose else "strict")
+            files[path.relative_to(folder).as_posix()] = text
     settings = contents(files, "tokenizer_config.json")
-    contents(files, "generation_config.json")  # is JSON, or refused
+    added_path = folder / "added_tokens.json"  # of transformers 4, as the next
+    if added_path.exists() and "added_tokens_decoder" not in settings:
+        with reading(added_path):
+            added = json.loads(added_path.read_text("utf-8"))
+            settings["added_tokens_decoder"] = {
+                str(token_id): {"content": token} for token, token_id in added.items()}
+    contents(files, "generation_config.json")  # are JSON, or refused
+    contents(files, "config.json")
     tokens_path = folder / "special_tokens_map.json"  # of transformers 4
     if tokens_path.exists() and "added_tokens_decoder" not in settings:
         with reading(tokens_path):
@@ -130,14 +142,26 @@ def templates_in(files: dict[str, str]) -> dict[str, str]:
 
 def named_tokens(settings: dict) -> dict[str, str]:
     """The tokens by name, {"bos_token": "<|endoftext|>", ...}, of a tokenizer_config.json."""
+    named = {name: settings.get(name) for name in TOKEN_NAMES}
+    if isinstance(settings.get("extra_special_tokens"), dict):  # names of the model's own
+        named |= settings["extra_special_tokens"]
     tokens = {}
-    for name in TOKEN_NAMES:
-        token = settings.get(name)
+    for name, token in named.items():
         if isinstance(token, dict):
             token = token.get("content")
         if isinstance(token, str):
             tokens[name] = token
     return tokens
+
+
+def more_special_tokens(settings: dict) -> list[str]:
+    """Those without a name of a tokenizer_config.json."""
+    more = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        stated = settings.get(key) or []
+        for token in stated if isinstance(stated, list) else ():
+            more.append(token["content"] if isinstance(token, dict) else token)
+    return more
 
 
 def token_names(files: dict[str, str], config: Config, tokenizer: Tokenizer) -> dict[str, str]:
@@ -163,15 +187,15 @@ def add_bos_and_eos(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None
 # ---- The model card
 
 
-def model_card(name: str, license: str | None = None, base_model: str | None = None) -> str:
-    """A README.md. Its license is for whoever publishes it to fill in, if it isn't known."""
+def model_card(name: str, notes: str = "", **data) -> str:
+    """A README.md, with notes in its text and data in its YAML: license, base_model, language, ...
+    The license is for whoever publishes it to fill in, if it isn't known."""
     from huggingface_hub import ModelCard, ModelCardData  # which takes a while to import
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation",
-                         license=license, base_model=base_model)
-    text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA language model of SmolLM's architecture.\n"
-    if license is None:
+    yaml = ModelCardData(library_name="transformers", pipeline_tag="text-generation", **data)
+    text = f"---\n{yaml.to_yaml()}\n---\n\n# {name}\n\nA language model of SmolLM's architecture.\n"
+    if not data.get("license"):
         text += "\nIts license is not stated yet: add `license:` above.\n"
-    return str(ModelCard(text))
+    return str(ModelCard(text + notes))
 
 
 def license_and_base_model(files: dict[str, str]) -> tuple[str | None, str | None]:

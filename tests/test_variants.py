@@ -126,6 +126,8 @@ PLAIN_ROPE = {
     "theta in both": {"rope_scaling": {"type": "default"},
                       "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     "all of the head turned": {"partial_rotary_factor": 1.0},
+    "another name of silu": {"hidden_act": "swish"},
+    "an old pad": {"pad_token_id": -1},
 }
 
 
@@ -471,6 +473,13 @@ REDUNDANT_GGUF = {  # values of keys, and the alignment
     "scale_linear 1": ({"llama.rope.scale_linear": (1.0, Kind.FLOAT32)}, None),
     "head sizes": ({"llama.attention.key_length": (8, Kind.UINT32),
                     "llama.attention.value_length": (8, Kind.UINT32)}, None),
+    "no scaling, whatever its factor": ({"llama.rope.scaling.type": ("none", Kind.STRING),
+                                         "llama.rope.scaling.factor": (4.0, Kind.FLOAT32)}, None),
+    "zeros": ({"llama.attention.sliding_window": (0, Kind.UINT32),
+               "llama.expert_shared_count": (0, Kind.UINT32),
+               "llama.use_parallel_residual": (False, Kind.BOOL),
+               "llama.rope.scaling.finetuned": (False, Kind.BOOL)}, None),
+    "no such token": ({"tokenizer.ggml.eot_token_id": (2**32 - 1, Kind.UINT32)}, None),
 }
 
 
@@ -539,6 +548,64 @@ def test_a_gguf_tensor_that_would_change_the_result_is_refused_by_name(name, who
     array = np.array([1, 1, 2, 8], np.float32)
     rewrite(whole, tmp_path / "variant.gguf", tensors={name: array})
     assert name in message_of(lambda: models.load(tmp_path / "variant.gguf"))
+
+
+# ---- Tokens that tokenizer.json does not tell of, or tells of otherwise
+
+
+def token(content: str, **flags: bool) -> dict:
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False,
+            "normalized": False, "special": True} | flags
+
+
+ADDED_ELSEWHERE = {  # the contents of tokenizer_config.json, and of another file
+    "added_tokens_decoder": ({"added_tokens_decoder": {"1000": token("<think>")}}, {}),
+    "additional_special_tokens": ({"additional_special_tokens": ["<think>"]}, {}),
+    "extra_special_tokens": ({"extra_special_tokens": ["<think>"]}, {}),
+    "extra_special_tokens by name": ({"extra_special_tokens": {"think_token": "<think>"}}, {}),
+    "special_tokens_map.json": (
+        {}, {"special_tokens_map.json": {"additional_special_tokens": ["<think>"]}}),
+    "added_tokens.json": ({}, {"added_tokens.json": {"<think>": 1000}}),
+    "a name": ({"pad_token": "<think>"}, {}),
+    "flags": ({"added_tokens_decoder": {"3": token("<repo_name>", lstrip=True),
+                                        "5": token("<file_sep>", special=False)}}, {}),
+    "nothing": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("is_special", [True, False], ids=["special", "not special"])
+@pytest.mark.parametrize("where", ADDED_ELSEWHERE)
+def test_added_tokens_are_those_of_transformers_wherever_they_stand(
+        where, is_special, tokenizer, tmp_path):
+    settings, files = ADDED_ELSEWHERE[where]
+    make(replace(TINY_1000, vocab_size=1100)).save_pretrained(tmp_path, tokenizer)
+    contents = json.loads((tmp_path / "tokenizer.json").read_text())
+    for added in contents["added_tokens"]:
+        added["special"] = is_special
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"} | settings
+    files = {"tokenizer.json": contents, "tokenizer_config.json": settings} | files
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    ours = models.load(tmp_path).tokenizer
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "a <think> b <repo_name> c <file_sep> <|im_start|>Hi<|im_end|><|endoftext|>"
+    ids = ours.encode(text).ids
+    assert ids == theirs(text)["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_a_named_token_without_a_row_in_the_model_is_not_added(tokenizer, tmp_path):
+    make(TINY_1000).save_pretrained(tmp_path, tokenizer)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    assert models.load(tmp_path).tokenizer.token_to_id("[PAD]") is None
+
+
+def test_an_added_token_that_cannot_get_its_id_is_refused_by_name(tokenizer, tmp_path):
+    make(replace(TINY_1000, vocab_size=1100)).save_pretrained(tmp_path, tokenizer)
+    settings = {"added_tokens_decoder": {"1050": token("<think>")}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "'<think>' gets the id 1000, it should be 1050" in message_of(
+        lambda: models.load(tmp_path))
 
 
 # ---- Tokens that a tokenizer adds

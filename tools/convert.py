@@ -9,6 +9,7 @@ becomes: *.pt, *.gguf, or a directory; it must not exist. Tensors pass through f
 the values of all other types exactly.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def check_name(target: str):
 if __name__ == "__main__":
     o = cli.parse(Options, __doc__)
     target = Path(o.target)
-    if target.exists():
+    if os.path.lexists(target):  # or a link to nothing
         raise InputError(f"{target} exists: name another target, or remove it")
     check_name(o.target)
     if o.dtype == "q8_0" and target.suffix.lower() != ".gguf":
