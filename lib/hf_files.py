@@ -40,18 +40,10 @@ def read(folder: Path) -> dict[str, str]:
                 text = path.read_text("utf-8", "surrogateescape" if is_prose else "strict")
             files[path.relative_to(folder).as_posix()] = text
     settings = contents(files, "tokenizer_config.json")
-    added_path = folder / "added_tokens.json"  # of transformers 4, as the next
-    if added_path.exists() and "added_tokens_decoder" not in settings:
-        with reading(added_path):
-            added = json.loads(added_path.read_text("utf-8"))
-            settings["added_tokens_decoder"] = {
-                str(token_id): {"content": token} for token, token_id in added.items()}
+    if "added_tokens_decoder" not in settings:
+        settings |= read_old_settings(folder)
     contents(files, "generation_config.json")  # are JSON, or refused
     contents(files, "config.json")
-    tokens_path = folder / "special_tokens_map.json"  # of transformers 4
-    if tokens_path.exists() and "added_tokens_decoder" not in settings:
-        with reading(tokens_path):
-            settings = settings | json.loads(tokens_path.read_text("utf-8"))
     templates = named_templates(settings.pop("chat_template", None))
     # a .jinja file comes before tokenizer_config.json, as in transformers
     if not any(name.endswith(".jinja") for name in files):
@@ -59,6 +51,26 @@ def read(folder: Path) -> dict[str, str]:
     if settings or "tokenizer_config.json" in files:
         files["tokenizer_config.json"] = to_json(settings)
     return files
+
+
+def read_old_settings(folder: Path) -> dict:
+    """What transformers 4 wrote into files of their own."""
+    settings = {}
+    names_path = folder / "special_tokens_map.json"
+    if names_path.exists():
+        with reading(names_path):
+            settings |= json.loads(names_path.read_text("utf-8"))
+    added_path = folder / "added_tokens.json"
+    if added_path.exists():
+        with reading(added_path):
+            added = json.loads(added_path.read_text("utf-8"))
+            tokens = {str(token_id): {"content": token} for token, token_id in added.items()}
+        with reading(folder / "tokenizer.json"):
+            tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+            for flags in tokenizer["added_tokens"]:
+                tokens[str(flags.pop("id"))] = flags
+        settings["added_tokens_decoder"] = tokens
+    return settings
 
 
 def check(files):
