@@ -26,13 +26,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a matmul of size x size (None: large), the best that a fifth of a second allows."""
+    """FLOP/s of a matmul of size x size (None: large), the best that a tenth of a second allows."""
     if size is None:
         size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     (a @ a.T)[0, 0].item()  # warms up
     times = []
-    while sum(times) < 0.2:
+    while sum(times) < 0.1:
         start = time.perf_counter()
         (a @ a.T)[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - start)

@@ -3,7 +3,6 @@ llama.cpp."""
 
 import ast
 import importlib.util
-import json
 import random
 import subprocess
 import sys
@@ -123,8 +122,7 @@ def test_real_greedy_texts_are_those_of_generate_of_transformers(
 
 
 def test_real_model_gives_the_same_text_in_llama_cpp(real, batches, greedy_texts, tmp_path):
-    result = run(tmp_path, "tools/convert.py", str(real), "real.gguf")
-    assert result.returncode == 0, result.stderr
+    models.write(tmp_path / "real.gguf", models.load(real), "float32")
     llama = LlamaCpp(tmp_path / "real.gguf")
     for number in range(5):
         ids = batches["plain"][number].tolist()
@@ -233,22 +231,3 @@ def test_a_folder_written_here_is_complete_for_transformers(real, answers):
         messages.append({"role": "user", "content": question})
         messages = writer(messages, max_new_tokens=20, do_sample=False)[0]["generated_text"]
         assert messages[-1] == {"role": "assistant", "content": answer}
-
-
-def test_a_reset_makes_a_chat_forget(real):
-    told = talk(real, "And magnetism?", "What is gravity?", "/reset", "And magnetism?").stdout
-    first = told.splitlines()[0]
-    assert first
-    assert told.count(first) == 2
-
-
-def test_chat_says_when_its_context_is_full(real, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    for file in real.iterdir():
-        (small / file.name).symlink_to(file)
-    config = json.loads((real / "config.json").read_text()) | {"max_position_embeddings": 70}
-    (small / "config.json").unlink()
-    (small / "config.json").write_text(json.dumps(config))
-    full = talk(small, "Tell me a long story.", "Go on.", "Go on.")
-    assert "the context of 70 tokens is full: /reset" in full.stderr
