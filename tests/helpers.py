@@ -59,20 +59,27 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def train_here(cwd, *options: str, world_size=1, before=None) -> subprocess.CompletedProcess:
-    """What train.py ended with, well; with several ranks, as torchrun starts them, the first."""
+def start_training(cwd, *options: str, world_size=1, before=None,
+                   **environment: str) -> list[Script]:
+    """Runs of train.py; several ranks as torchrun starts them."""
     if world_size == 1:
-        scripts = [Script(cwd, "train.py", *options, before=before)]
-    else:
-        where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
-        scripts = []
-        for rank in range(world_size):
-            scripts.append(Script(cwd, "train.py", *options, before=before, **where,
-                                  RANK=str(rank), LOCAL_RANK=str(rank)))
+        return [Script(cwd, "train.py", *options, before=before, **environment)]
+    where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+             "OMP_NUM_THREADS": "1"}
+    return [Script(cwd, "train.py", *options, before=before, **where, RANK=str(rank),
+                   LOCAL_RANK=str(rank)) for rank in range(world_size)]
+
+
+def finish(scripts: list[Script]) -> subprocess.CompletedProcess:
+    """What the first of them ended with; all have ended well."""
     results = [script.wait() for script in scripts]
-    assert [result.returncode for result in results] == [0] * world_size, results
+    assert [result.returncode for result in results] == [0] * len(results), results
     return results[0]
+
+
+def train_here(cwd, *options: str, world_size=1, before=None) -> subprocess.CompletedProcess:
+    """What train.py ended with, well; with several ranks, the first."""
+    return finish(start_training(cwd, *options, world_size=world_size, before=before))
 
 
 # ---- What a run leaves

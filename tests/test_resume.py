@@ -16,9 +16,11 @@ from tests.helpers import (
     SMALL,
     STEADY,
     differences,
+    finish,
     losses_of,
     outcome,
     run,
+    start_training,
     train_here,
     write_tiny,
 )
@@ -41,11 +43,20 @@ def check_exactness(folder, options, steps: tuple[int, int, int], world_size=1):
     for name in ("straight", "once"):
         (folder / name).mkdir()
     straight, once, twice = folder / "straight", folder / "once", folder / "twice"
-    train_here(straight, *options, f"--max_iters={last}", world_size=world_size)
-    train_here(once, *options, f"--max_iters={first}", world_size=world_size)
+
+    def start(where, until: int, *options: str):
+        """With one thread, for two runs are under way at a time."""
+        return start_training(where, *options, f"--max_iters={until}", world_size=world_size,
+                              OMP_NUM_THREADS="1")
+
+    whole = start(straight, last, *options)
+    finish(start(once, first, *options))
     shutil.copytree(once, twice)
-    for where, until in ((once, last), (twice, second), (twice, last)):
-        train_here(where, "--init_from=resume", f"--max_iters={until}", world_size=world_size)
+    finish(whole)
+    in_two_parts = start(once, last, "--init_from=resume")
+    finish(start(twice, second, "--init_from=resume"))
+    finish(in_two_parts)
+    finish(start(twice, last, "--init_from=resume"))
     expected = outcome(straight)
     assert differences(outcome(once), expected) == []
     assert differences(outcome(twice), expected) == []
