@@ -85,7 +85,7 @@ def starts_with(path: Path, beginning: bytes) -> bool:
 # What a folder may have in place of what is read, and the way out
 OTHER_WEIGHTS = {
     "adapter_*": "this is a LoRA adapter alone: merge it into its model with peft "
-                       "(merge_and_unload), save that, and give its folder",
+                 "(merge_and_unload), save that, and give its folder",
     "pytorch_model*.bin": "its weights are in a pickle, which may run code: load it with "
                           "transformers and save it anew with save_pretrained",
     "*.gguf": "there is a GGUF file: name that, not the folder",
@@ -137,7 +137,7 @@ def add_tokens(tokenizer: Tokenizer, settings: dict, vocab_size: int):
         for token_id, flags in settings["added_tokens_decoder"].items():
             flags = {name: value for name, value in flags.items() if name != "__type"}
             tokens[int(token_id)] = AddedToken(**flags)
-    named = set(hf_files.named_tokens(settings).values())
+    named = list(hf_files.named_tokens(settings).values())
     for token in tokens.values():
         token.special = token.special or token.content in named
     changed = [token for token_id, token in sorted(tokens.items())
@@ -170,8 +170,8 @@ def check_checkpoint(path: Path):
         if path.suffix == ".safetensors":
             advice = ": name the folder that it is in, with its config.json and tokenizer.json"
         raise ValueError(f"it is neither a checkpoint of train.py nor a GGUF file{advice}")
-    for entry in zipfile.ZipFile(path).infolist():
-        if entry.compress_type != zipfile.ZIP_STORED:
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed: save it anew with torch.save")
 
 

@@ -594,6 +594,16 @@ def test_added_tokens_are_those_of_transformers_wherever_they_stand(
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+def test_several_tokens_that_only_have_names_get_the_ids_of_transformers(tokenizer, tmp_path):
+    make(replace(TINY_1000, vocab_size=1100)).save_pretrained(tmp_path, tokenizer)
+    settings = {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>",
+                "sep_token": "<sep>", "additional_special_tokens": ["<b>", "<a>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "<mask><pad><sep><unk><a><b>"
+    assert models.load(tmp_path).tokenizer.encode(text).ids == (
+        AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"])
+
+
 def test_a_named_token_without_a_row_in_the_model_is_not_added(tokenizer, tmp_path):
     make(TINY_1000).save_pretrained(tmp_path, tokenizer)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
