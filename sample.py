@@ -27,8 +27,7 @@ from smollm import InputError, id_list, sample_token
 
 @dataclass
 class Options:
-    ckpt: cli.HomePath = "out/ckpt.pt"  # a ckpt.pt of train.py, HuggingFace directory, Hub id, or
-    #                                     GGUF file
+    ckpt: cli.HomePath = "out/ckpt.pt"  # ckpt.pt of train.py, HuggingFace folder, GGUF file, Hub id
     prompt: str = ""  # the text to continue; empty: start from the bos token; -: read it from stdin
     num_samples: int = 1  # continuations, made together as one batch
     max_new_tokens: int | None = None  # of each, at most; None: 200 or what fits, in a chat all

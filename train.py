@@ -34,21 +34,28 @@ from smollm import PRESETS, InputError, SmolLM, load_tokenizer
 class Options:
     out_dir: cli.HomePath = "out"  # folder of the checkpoint, ckpt.pt
     overwrite: bool = False  # start over in an out_dir that has a checkpoint
-    init_from: cli.HomePath = "scratch"  # or resume, from out_dir's ckpt.pt; or from the model in
-    #                                      a HuggingFace folder, Hub id, GGUF file or other ckpt.pt
+
+    # or resume, from out_dir's ckpt.pt; or the model of a HuggingFace folder, Hub id, GGUF file or
+    # other ckpt.pt
+    init_from: cli.HomePath = "scratch"
     model: str = "smollm2-135m"  # from scratch: a preset of smollm.py, as nano, micro, smollm2-360m
+
     # data
-    dataset: cli.HomePath = "stdlib"  # Python's standard library; cosmopedia, fineweb-edu,
-    #                                   smollm-corpus or another Hub id; a file or folder of .txt,
-    #                                   .md, .py, .jsonl, .parquet
+
+    # stdlib, which is Python's standard library; cosmopedia, fineweb-edu, smollm-corpus or another
+    # Hub id; a file or folder of .txt, .md, .py, .jsonl, .parquet
+    dataset: cli.HomePath = "stdlib"
     dataset_config: str | None = None  # of a Hub id, where it has several
     text_column: str = "text"  # of the Hub's data, and of .jsonl and .parquet files
     max_tokens: int | None = None  # train on only so many, again and again; None: no limit
-    tokenizer: cli.HomePath | None = None  # file, folder or Hub id; None: cosmo2-tokenizer for the
-    #                                        Hub's data, else one that is trained on the dataset
+
+    # file, folder or Hub id; None: cosmo2-tokenizer for the Hub's data, else one that is trained on
+    # the dataset
+    tokenizer: cli.HomePath | None = None
     block_size: int = 512  # tokens in a sequence
     batch_size: int = 8  # sequences in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in a step, split over all GPUs
+
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
@@ -61,17 +68,21 @@ class Options:
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: don't clip
+
     # what is shown
     eval_interval: int = 250  # steps between evaluations; each saves a checkpoint
     eval_iters: int = 10  # batches in an evaluation, at most
     log_interval: int = 10  # steps between lines of the log
     sample_prompt: str = "def __init__(self"  # continued at each evaluation
+
     # machine
     seed: int = 0  # of the initial weights and of the order of the data
     device: str = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: 16 bits where they
-    #                                                                    are 1.5 times as fast
+
+    # auto: 16 bits where they are 1.5 times as fast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: bool | None = None  # torch.compile; None: on CUDA only
+
     # check
     overfit: bool = False  # train on one batch until its loss is near zero; saves nothing
 

@@ -164,3 +164,13 @@ def test_readme_shows_the_diagram_of_smollm_py():
     diagram = [line for line in lines if line.startswith("    ")]
     assert len(diagram) > 20
     assert "```\n" + "\n".join(diagram) + "\n```" in PAGES["README.md"]
+
+
+def test_no_comment_of_an_option_is_cut_in_its_help():
+    """The command-line library takes a comment beside an option for its help, but not the next
+    lines."""
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name == "Options":
+                lines = path.read_text().splitlines()[node.lineno:node.end_lineno]
+                assert not [line for line in lines if re.match(r" {5,}#", line)], path

