@@ -221,7 +221,7 @@ def converse(bundle: models.Bundle, o: Options, sampling: dict):
             print(f"({is_full}: /reset starts a new conversation)", file=sys.stderr)
 
 
-# ---- The script
+# ---- What sample.py does not do
 
 # Settings of generation_config.json that change the text, with what leaves it as it is
 NOT_HERE = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0,
@@ -239,6 +239,8 @@ def say_what_is_not_done(bundle: models.Bundle):
         print(f"its generation_config.json also asks for {', '.join(names)}, which sample.py does "
               "not do", file=sys.stderr)
 
+
+# ---- The script
 
 if __name__ == "__main__":
     o = cli.parse(Options, __doc__)

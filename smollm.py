@@ -422,6 +422,13 @@ class SmolLM(nn.Module):
         count = (targets != -100).sum()
         return logits, losses / count.clamp(min=1)  # cross_entropy's own mean of none is NaN
 
+    def check_finite(self, where):
+        """InputError, which begins with where, if a weight is NaN or infinite."""
+        for name, p in self.named_parameters():
+            if not all(bound.isfinite() for bound in p.data.aminmax()):  # which NaN goes through
+                raise InputError(f"{where}: not all of {name} is finite in {p.dtype}: choose "
+                                 "another dtype, or another model")
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -469,8 +476,9 @@ class SmolLM(nn.Module):
         """The model of a HuggingFace directory, a Hub id (owner/name or owner/name@revision) or a
         ckpt.pt of train.py, in dtype (None: float32).
 
-        InputError names a setting that is not implemented. A file that is missing or damaged, or
-        has other tensors than the config tells of, raises what torch or safetensors raise.
+        InputError names a setting that is not implemented, or a tensor that is not finite. A file
+        that is missing or damaged, or has other tensors than the config tells of, raises what torch
+        or safetensors raise.
         """
         path = local_path(source)
         if path.is_dir():
@@ -487,8 +495,7 @@ class SmolLM(nn.Module):
                 raise InputError(f"{source}: {name} is {p.dtype}, {p.layout}, not dense floats")
             # a copy, for what is mapped from a file would change with it
             p.data = p.data.to(device, dtype or torch.float32, copy=True)
-            if not all(bound.isfinite() for bound in p.data.aminmax()):
-                raise InputError(f"{source}: not all of {name} is finite in {p.dtype}")
+        model.check_finite(source)
         return model
 
     def save_pretrained(self, directory, tokenizer=None):
@@ -501,14 +508,16 @@ class SmolLM(nn.Module):
         config = self.config.to_hf()
         dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
         config |= {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5, and 4
-        write_json(directory / "config.json", config)
+        (directory / "config.json").write_text(to_json(config), "utf-8")
         # safetensors lets only its owner read the file
         (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
-        write_json(directory / "generation_config.json", {name: config[name] for name in TOKEN_IDS})
+        generation = {name: config[name] for name in TOKEN_IDS}
+        (directory / "generation_config.json").write_text(to_json(generation), "utf-8")
         if tokenizer is None:
             return
         tokenizer.save(str(directory / "tokenizer.json"))
-        write_json(directory / "tokenizer_config.json", tokenizer_settings(self.config, tokenizer))
+        settings = tokenizer_settings(self.config, tokenizer)
+        (directory / "tokenizer_config.json").write_text(to_json(settings), "utf-8")
 
 
 # ---- Inference: what generate uses
@@ -643,15 +652,15 @@ def local_path(source) -> Path:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
-    files = ["*.safetensors", "*.json", "*.jinja", "README.md"]
+    files = ["*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE"]
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
     except IncompleteSnapshotError as error:
         return Path(error.snapshot_path)  # offline: what the cache has may be all that is needed
 
 
-def write_json(path: Path, contents: dict):
-    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def to_json(contents: dict) -> str:
+    return json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
 
 
 def tokenizer_settings(config: Config, tokenizer) -> dict:

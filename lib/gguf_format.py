@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Quantization
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
-from lib import gguf_values, hf_files
+from lib import gguf_values
 from lib.gguf_values import shortest
 from smollm import Config, InputError, SmolLM
 
@@ -245,8 +246,21 @@ def read_tokenizer(reader: Reader) -> Tokenizer:
         is_added = reader.value(f"tokenizer.ggml.add_{end}_token", False)
         ends.append(reader.value(f"tokenizer.ggml.{end}_token_id") if is_added else None)
     if ends != [None, None]:
-        hf_files.add_bos_and_eos(tokenizer, *ends)
+        add_bos_and_eos(tokenizer, *ends)
     return tokenizer
+
+
+def add_bos_and_eos(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None):
+    """Let the tokenizer begin each text with bos and end it with eos; None: without."""
+    parts = ["$A"]
+    ends = []
+    if bos_id is not None:
+        ends.append((tokenizer.id_to_token(bos_id), bos_id))
+        parts.insert(0, ends[-1][0])
+    if eos_id is not None:
+        ends.append((tokenizer.id_to_token(eos_id), eos_id))
+        parts.append(ends[-1][0])
+    tokenizer.post_processor = TemplateProcessing(single=parts, special_tokens=ends)
 
 
 # ---- Write

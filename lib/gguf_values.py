@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lib import hf_files
-from smollm import Config, id_list
+from smollm import Config, id_list, to_json
 
 # A token's name in HuggingFace's files, its key under tokenizer.ggml. (the misspelling is theirs)
 TOKEN_KEYS = {"bos_token": "bos_token_id", "unk_token": "unknown_token_id",
@@ -145,8 +145,8 @@ def to_files(values: dict, config: Config, tokenizer: Tokenizer) -> dict[str, st
             value = values[f"general.sampling.{key}"]
             generation["do_sample"] = True
             generation[name] = value if name == "top_k" else shortest(value)
-    files = {"tokenizer_config.json": hf_files.to_json(settings),
-             "generation_config.json": hf_files.to_json(generation)}
+    files = {"tokenizer_config.json": to_json(settings),
+             "generation_config.json": to_json(generation)}
 
     templates = {}
     for key, value in values.items():
@@ -188,7 +188,7 @@ def what_is_lost(values: dict, bundle) -> list[str]:
     lost = []
     settings = hf_files.contents(bundle.files, "config.json")
     ours = {name: settings.get(name) for name in Config.__dataclass_fields__}
-    kept["config.json"] = hf_files.to_json(config.to_hf() | ours)
+    kept["config.json"] = to_json(config.to_hf() | ours)
     for name, text in bundle.files.items():
         if name.endswith(".json"):
             lost += [f"{key} of {name}" for key in lost_settings(name, bundle.files, kept)]

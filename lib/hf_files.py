@@ -15,10 +15,9 @@ import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from lib.cli import reading
-from smollm import Config, InputError, tokenizer_settings
+from smollm import Config, InputError, to_json, tokenizer_settings
 
 NAMES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md",
          "LICENSE", "config.json")
@@ -42,14 +41,13 @@ def read(folder: Path) -> dict[str, str]:
     settings = contents(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings |= read_old_settings(folder)
-    contents(files, "generation_config.json")  # are JSON, or refused
-    contents(files, "config.json")
     templates = named_templates(settings.pop("chat_template", None))
     # a .jinja file comes before tokenizer_config.json, as in transformers
     if not any(name.endswith(".jinja") for name in files):
         files |= template_files(templates)
     if settings or "tokenizer_config.json" in files:
         files["tokenizer_config.json"] = to_json(settings)
+    check(files)
     return files
 
 
@@ -74,7 +72,7 @@ def read_old_settings(folder: Path) -> dict:
 
 
 def check(files):
-    """InputError if these are not such files: with a name that is a path, say."""
+    """InputError if these are not such files: if a name is a path, or a .json is no JSON."""
     for name, text in files.items():
         folder, _, rest = name.rpartition("/")
         is_template = folder == MORE_TEMPLATES and is_plain(rest) and rest.endswith(".jinja")
@@ -96,10 +94,6 @@ def contents(files: dict[str, str], name: str) -> dict:
         if not isinstance(parsed, dict):
             raise ValueError(f"it has a {type(parsed).__name__}, not an object")
         return parsed
-
-
-def to_json(parsed: dict) -> str:
-    return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
 
 
 # ---- Chat templates
@@ -167,33 +161,19 @@ def named_tokens(settings: dict) -> dict[str, str]:
 
 
 def more_special_tokens(settings: dict) -> list[str]:
-    """Those without a name of a tokenizer_config.json."""
+    """The special tokens of a tokenizer_config.json that have no names."""
     more = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        stated = settings.get(key) or []
-        for token in stated if isinstance(stated, list) else ():
-            more.append(token["content"] if isinstance(token, dict) else token)
-    return more
+        if isinstance(settings.get(key), list):
+            more += settings[key]
+    return [token["content"] if isinstance(token, dict) else token for token in more]
 
 
 def token_names(files: dict[str, str], config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-    """The same, of a model; without a tokenizer_config.json its config names them."""
+    """A model's tokens by name. Without a tokenizer_config.json its config names them."""
     if "tokenizer_config.json" in files:
         return named_tokens(contents(files, "tokenizer_config.json"))
     return named_tokens(tokenizer_settings(config, tokenizer))
-
-
-def add_bos_and_eos(tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None):
-    """Let the tokenizer begin each text with bos and end it with eos; None: without."""
-    parts = ["$A"]
-    ends = []
-    if bos_id is not None:
-        ends.append((tokenizer.id_to_token(bos_id), bos_id))
-        parts.insert(0, ends[-1][0])
-    if eos_id is not None:
-        ends.append((tokenizer.id_to_token(eos_id), eos_id))
-        parts.append(ends[-1][0])
-    tokenizer.post_processor = TemplateProcessing(single=parts, special_tokens=ends)
 
 
 # ---- The model card

@@ -15,7 +15,15 @@ from lib import hf_files
 from lib.cli import reading
 from lib.files import write_whole
 from lib.run import load_checkpoint
-from smollm import SHARD_INDEX, Config, InputError, SmolLM, load_tokenizer, local_path
+from smollm import (
+    SHARD_INDEX,
+    Config,
+    InputError,
+    SmolLM,
+    load_tokenizer,
+    local_path,
+    to_json,
+)
 
 
 @dataclass
@@ -55,10 +63,10 @@ def load(source, device=None, dtype=None) -> Bundle:
             from lib import gguf_format  # which takes a while to import
             model, tokenizer, files = gguf_format.read(path)
             model.to(device=device, dtype=dtype)
-            check_finite(model)
+            model.check_finite(path)
         else:
             check_is_fetched(path)
-            check_checkpoint(path)
+            check_is_checkpoint(path)
             files = load_checkpoint(path).get("files", {})
             hf_files.check(files)
             tokenizer = load_tokenizer(path)
@@ -130,29 +138,35 @@ def add_tokens(tokenizer: Tokenizer, settings: dict, vocab_size: int):
     if settings.get("split_special_tokens"):
         raise ValueError("its tokenizer_config.json has split_special_tokens, which is not "
                          "implemented")
-    present = tokenizer.get_added_tokens_decoder()
-    tokens = tokenizer.get_added_tokens_decoder()  # by id, as they should be
-    if "added_tokens_decoder" in settings:
-        tokens = {}
-        for token_id, flags in settings["added_tokens_decoder"].items():
-            flags = {name: value for name, value in flags.items() if name != "__type"}
-            tokens[int(token_id)] = AddedToken(**flags)
     named = list(hf_files.named_tokens(settings).values())
-    for token in tokens.values():
+    present = tokenizer.get_added_tokens_decoder()
+    stated = stated_tokens(tokenizer, settings)
+    for token in stated.values():
         token.special = token.special or token.content in named
-    changed = [token for token_id, token in sorted(tokens.items())
+    changed = [token for token_id, token in sorted(stated.items())
                if flags_of(token) != flags_of(present.get(token_id))]
-    contents = {token.content for token in [*present.values(), *tokens.values()]}
+    contents = {token.content for token in [*present.values(), *stated.values()]}
     for content in [*named, *hf_files.more_special_tokens(settings)]:
         has_room = tokenizer.get_vocab_size() + len(changed) < vocab_size
         if content not in contents and (tokenizer.token_to_id(content) is not None or has_room):
             changed.append(AddedToken(content, special=True, normalized=False))
             contents.add(content)
     tokenizer.add_tokens(changed)
-    for token_id, token in tokens.items():
+    for token_id, token in stated.items():
         if tokenizer.token_to_id(token.content) != token_id:
             raise ValueError(f"the added token {token.content!r} gets the id "
                              f"{tokenizer.token_to_id(token.content)}, it should be {token_id}")
+
+
+def stated_tokens(tokenizer: Tokenizer, settings: dict) -> dict[int, AddedToken]:
+    """The added tokens by id: of tokenizer_config.json, or if it states none, tokenizer.json."""
+    if "added_tokens_decoder" not in settings:
+        return tokenizer.get_added_tokens_decoder()
+    tokens = {}
+    for token_id, flags in settings["added_tokens_decoder"].items():
+        flags = {name: value for name, value in flags.items() if name != "__type"}
+        tokens[int(token_id)] = AddedToken(**flags)
+    return tokens
 
 
 def flags_of(token: AddedToken | None) -> tuple | None:
@@ -162,17 +176,13 @@ def flags_of(token: AddedToken | None) -> tuple | None:
             token.single_word)
 
 
-def check_checkpoint(path: Path):
-    """ValueError unless a file is a zip file, as torch.save writes it, and not compressed: tensors
-    that are compressed can't be mapped."""
+def check_is_checkpoint(path: Path):
+    """ValueError unless a file is a zip file, as torch.save writes it."""
     if not zipfile.is_zipfile(path):
         advice = ""
         if path.suffix == ".safetensors":
             advice = ": name the folder that it is in, with its config.json and tokenizer.json"
         raise ValueError(f"it is neither a checkpoint of train.py nor a GGUF file{advice}")
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed: save it anew with torch.save")
 
 
 def check_fit(tokenizer: Tokenizer, config: Config):
@@ -193,7 +203,7 @@ def write(target: Path, bundle: Bundle, dtype: str):
     model = bundle.model
     if kind != ".gguf":
         model = model.to(getattr(torch, dtype))
-        check_finite(model)
+        model.check_finite(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(target) as temporary, reading(target, failed="can't be written"):
         if kind == ".gguf":
@@ -212,24 +222,17 @@ def write(target: Path, bundle: Bundle, dtype: str):
             write_files(temporary, target.name, bundle)
 
 
-def check_finite(model: SmolLM):
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise InputError(f"not all of {name} is finite in {p.dtype}: choose another dtype, or "
-                             "another model")
-
-
 def write_files(folder: Path, name: str, bundle: Bundle):
     """The small files of a HuggingFace directory, those that the model came with or new ones."""
     files = dict(bundle.files)
     config = hf_files.contents(files, "config.json")  # with settings that we don't know
     if config:
         config |= json.loads((folder / "config.json").read_text("utf-8"))
-        files["config.json"] = hf_files.to_json(config)
+        files["config.json"] = to_json(config)
     generation = hf_files.contents(files, "generation_config.json")
     if generation:
         generation["eos_token_id"] = bundle.model.config.eos_token_id
-        files["generation_config.json"] = hf_files.to_json(generation)
+        files["generation_config.json"] = to_json(generation)
     add_card(files, name, bundle)
     for file_name, text in files.items():
         (folder / file_name).parent.mkdir(exist_ok=True)

@@ -35,7 +35,11 @@ def load_checkpoint(path: Path, check: bool = True) -> dict:
     """The contents of a ckpt.pt, checked by its checksums. InputError says what is wrong."""
     with reading(path):
         if check:
-            damaged = zipfile.ZipFile(path).testzip()
+            with zipfile.ZipFile(path) as archive:
+                # tensors that are compressed can't be mapped, and may be larger than the memory
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed: save it anew with torch.save")
+                damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"its checksums don't fit: {damaged} is damaged")
         return read_checkpoint(path)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bench.llama_cpp import LlamaCpp
-from lib import chat, gguf_values, hf_files, models
+from lib import chat, gguf_format, gguf_values, hf_files, models
 from smollm import InputError, id_list
 from test_smollm import make
 from tests.helpers import STEADY, TINY_1000, greedy, run, train_here, write_model
@@ -249,7 +249,7 @@ def test_what_the_tokenizer_adds_to_a_text_it_adds_after_the_journey(
     """Whatever transformers takes to count, of what says different things."""
     bos_id, eos_id, stated = ADDS[adds]
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    hf_files.add_bos_and_eos(tokenizer, bos_id, eos_id)
+    gguf_format.add_bos_and_eos(tokenizer, bos_id, eos_id)
     settings = SETTINGS | {"add_bos_token": None} | stated
     settings = {name: value for name, value in settings.items() if value is not None}
     there = write_hf(tmp_path / "there", tokenizer, settings=settings)

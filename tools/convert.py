@@ -32,9 +32,10 @@ class Options:
 def check_name(target: str):
     """InputError if the name is that of a file of some other kind, and not of a directory."""
     suffix = Path(target).suffix.lower()
-    if target.endswith(("/", "\\")) and suffix in (".pt", ".gguf"):
+    has_slash = target.endswith(("/", "\\"))
+    if has_slash and suffix in (".pt", ".gguf"):
         raise InputError(f"{target}: a directory can't end in {suffix}: name another target")
-    is_folder = target.endswith(("/", "\\")) or not suffix[1:].isalpha()  # a.7B is a folder
+    is_folder = has_slash or not suffix[1:].isalpha()  # a.7B is a folder
     if not is_folder and suffix not in (".pt", ".gguf"):
         raise InputError(f"{target}: a {suffix} file can't be written, only .pt and .gguf: for a "
                          f"directory of this name, write {target}/")
