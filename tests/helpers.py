@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +178,19 @@ def data_folder(cwd: Path) -> Path:
     """Where the one dataset that was prepared in cwd is."""
     [meta] = cwd.glob("data/*/meta.json")
     return meta.parent
+
+
+@contextmanager
+def full_disk():
+    """No file may have more than 100,000 bytes, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 # ---- Models

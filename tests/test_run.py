@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from tests.helpers import (
     TINY_1000,
     contents,
     differences,
+    full_disk,
     losses_of,
     outcome,
     prepare,
@@ -60,15 +60,9 @@ def test_a_failed_save_leaves_the_old_checkpoints_and_nothing_else(writer):
     before = contents(writer.folder)
     with pytest.raises(Exception, match="pickle"):
         writer.save({"step": 3, "no pickle": lambda: None})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk were full
-    try:
-        with pytest.raises(Exception, match=r"ckpt\.pt can't be written, the last .* File too"):
-            writer.save({"step": 3, "weights": torch.zeros(10**6)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    failing = pytest.raises(Exception, match=r"ckpt\.pt can't be written, the last .* File too")
+    with failing, full_disk():
+        writer.save({"step": 3, "weights": torch.zeros(10**6)})
     assert contents(writer.folder) == before
     assert checkpoints(writer.folder) == {"ckpt.pt": {"step": 2}, "ckpt-previous.pt": {"step": 1}}
 

@@ -34,6 +34,7 @@ from tests.helpers import (
     ROOT,
     STEADY,
     TINY_1000,
+    full_disk,
     greedy,
     run,
     write_model,
@@ -300,6 +301,7 @@ FOLDERS = {  # their files; what is said of them
     "a GGUF file": (["SmolLM2-Q8_0.gguf"], ["GGUF file", "not the folder"]),
     "a GGUF file with a config": (["config.json", "tokenizer.json", "SmolLM2-Q8_0.gguf"],
                                   ["GGUF file", "not the folder"]),
+    "a run of a Trainer": (["checkpoint-500"], ["Trainer", "checkpoints"]),
     "a run": (["ckpt.pt", "ckpt-previous.pt", "metrics.jsonl"], ["ckpt.pt", "run"]),
     "a tokenizer alone": (["tokenizer.json", "tokenizer_config.json"], ["config.json"]),
     "nothing": ([], ["config.json"]),
@@ -320,6 +322,53 @@ def test_a_folder_that_lacks_a_file_is_told_what_it_is_and_the_way_out(kind, val
     for words in said:
         assert words in line
     assert "No such file" not in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_in_a_file_s_place_is_told_as_that(name, valid):
+    (valid / name).write_bytes(NO_MODELS["a pointer of Git LFS"])
+    assert f"{name} is a pointer of git-lfs to it: run git lfs pull" in refusal(valid)
+
+
+def test_an_address_of_the_hub_is_its_id(tiny, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lib.models.local_path", lambda source: asked.append(source) or tiny)
+    assert models.load("https://huggingface.co/someone/tiny").hub_id == "someone/tiny"
+    assert asked == ["someone/tiny"]
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.gguf", "a"])
+def test_a_full_disk_in_a_conversion_is_one_line_and_leaves_nothing(name, tiny, tmp_path):
+    bundle = models.load(tiny)
+    with pytest.raises((InputError, OSError)) as error, full_disk():
+        models.write(tmp_path / name, bundle, "float32")
+    assert len(str(error.value).splitlines()) == 1
+    assert str(tmp_path / name) in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_nothing_is_no_free_name(tiny, tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "nothing")
+    result = run(tmp_path, "tools/convert.py", str(tiny), "a")
+    assert "a exists: name another target" in one_line(result)
+    assert (tmp_path / "a").is_symlink()
+
+
+def test_what_generation_config_asks_for_in_vain_is_named(valid, capsys):
+    generation = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 0, "num_beams": None,
+                  "suppress_tokens": [1], "temperature": 0.1}
+    (valid / "generation_config.json").write_text(json.dumps(generation))
+    sample.say_what_is_not_done(models.load(valid))
+    assert capsys.readouterr().err == ("its generation_config.json also asks for "
+                                       "repetition_penalty, suppress_tokens, which sample.py does "
+                                       "not do\n")
+
+
+@pytest.mark.parametrize("option", ["temperature=nan", "temperature=-1", "top_k=0", "top_p=0"])
+def test_a_sampling_option_out_of_range_is_told_before_the_prompt(option, tiny, tmp_path):
+    result = run(tmp_path, "sample.py", f"--ckpt={tiny}", "--prompt=Hello", f"--{option}")
+    assert f"{option.partition('=')[0]} is " in one_line(result)
+    assert result.stdout == ""
 
 
 def test_a_folder_of_an_adapter_is_refused_by_the_commands(tmp_path):

@@ -479,6 +479,7 @@ REDUNDANT_GGUF = {  # values of keys, and the alignment
                "llama.expert_shared_count": (0, Kind.UINT32),
                "llama.use_parallel_residual": (False, Kind.BOOL),
                "llama.rope.scaling.finetuned": (False, Kind.BOOL)}, None),
+    "a number for each layer": ({"llama.attention.head_count_kv": ([2, 2, 2], Kind.ARRAY)}, None),
     "no such token": ({"tokenizer.ggml.eot_token_id": (2**32 - 1, Kind.UINT32)}, None),
 }
 
@@ -534,6 +535,7 @@ CHANGES_OF_GGUF = {
     "llama.expert_count": (8, Kind.UINT32),
     "llama.logit_scale": (0.5, Kind.FLOAT32),
     "llama.of_tomorrow": (1, Kind.UINT32),
+    "llama.attention.head_count_kv": ([2, 2, 6], Kind.ARRAY),
 }
 
 
@@ -608,6 +610,17 @@ def test_a_named_token_without_a_row_in_the_model_is_not_added(tokenizer, tmp_pa
     make(TINY_1000).save_pretrained(tmp_path, tokenizer)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
     assert models.load(tmp_path).tokenizer.token_to_id("[PAD]") is None
+
+
+def test_special_tokens_that_shall_be_split_are_refused(tokenizer, tmp_path):
+    make(TINY_1000).save_pretrained(tmp_path, tokenizer)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"split_special_tokens": True}))
+    assert "split_special_tokens" in message_of(lambda: models.load(tmp_path))
+
+
+def test_a_llama_without_rope_in_some_layers_is_refused_by_name():
+    settings = TINY_1000.to_hf() | {"no_rope_layer_interval": 2}
+    assert "no_rope_layer_interval is 2" in message_of(lambda: Config.from_hf(settings))
 
 
 def test_an_added_token_that_cannot_get_its_id_is_refused_by_name(tokenizer, tmp_path):
