@@ -87,10 +87,15 @@ class Script:
         return result
 
 
+def open_stdin():
+    """Let sys.stdin read descriptor 0 as when Python starts: it leaves \\r as it is."""
+    sys.stdin = open(0, closefd=False, newline="\n")  # noqa: SIM115 (for the process's life)
+
+
 def _run(cwd: str, script: str, options, paths: list[str], before, environment: dict):
     for number, path in enumerate((os.devnull, *paths)):
         os.dup2(os.open(path, os.O_RDWR), number)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process lives)
+    open_stdin()
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     # tqdm's own lock is a semaphore of the system's, which a kill leaves behind

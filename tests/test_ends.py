@@ -1,12 +1,14 @@
 """Where a text ends: at any of a set of tokens, of config.json or generation_config.json."""
 
 import io
+import itertools
 import json
 from contextlib import redirect_stdout
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -83,6 +85,19 @@ def test_a_row_ends_at_any_of_several_tokens_as_in_transformers(model, hf):
         assert row[:end + 1] == other[:end + 1]
         assert set(row[end:]) == {row[end]}  # what has ended repeats its end
     assert ours[:, -1].tolist() == ends  # each of them has ended a row
+
+
+def test_a_row_that_has_ended_repeats_its_end_whatever_the_model_says(model):
+    says = torch.tensor([[5, 9, 7, 8, 6], [6, 7, 5, 4, 9]])
+
+    def step(input_ids, cache):
+        made = next(columns)
+        return F.one_hot(says[:, made], 1000)[:, None].float()  # (B, 1, V)
+
+    columns = itertools.count()
+    made = model.generate(torch.ones(2, 3, dtype=torch.int64), 5, temperature=0, eos_id=[9, 4],
+                          step=step)
+    assert torch.cat(list(made), 1).tolist() == [[5, 9, 9, 9], [6, 7, 5, 4]]
 
 
 @pytest.mark.parametrize("eos_id", [None, []], ids=str)

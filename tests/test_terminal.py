@@ -39,7 +39,7 @@ from tests.helpers import (
     run,
     write_model,
 )
-from tests.launch import Script
+from tests.launch import Script, open_stdin
 from tools.convert import check_name
 
 # Its chat tells what was said, as JSON in an error, when it is told to
@@ -192,6 +192,20 @@ def test_a_file_that_may_not_be_read_is_told_as_that(name, valid, tmp_path):
     assert "Permission denied" in str(error)
     assert Path(name).name in str(error)
     assert "No such file" not in str(error)
+
+
+def test_a_shard_that_may_not_be_read_is_told_as_that(valid):
+    """By the model alone, too, which asks no other for advice."""
+    (valid / "model.safetensors").rename(valid / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
+    (valid / "model.safetensors.index.json").write_text(json.dumps(index))
+    (valid / "a.safetensors").chmod(0)
+    for load in (models.load, SmolLM.from_pretrained):
+        error = as_anyone(load, valid)
+        assert "Permission denied" in str(error)
+        assert "a.safetensors" in str(error)
+    (valid / "a.safetensors").chmod(0o644)
+    assert isinstance(as_anyone(models.load, valid), models.Bundle)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "hf", "a.gguf"])
@@ -726,7 +740,7 @@ def sit_at(name: str):
     descriptor = os.open(name, os.O_RDWR)
     for number in (0, 1):
         os.dup2(descriptor, number)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process lives)
+    open_stdin()
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
@@ -828,7 +842,7 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_chat(long, chatting):
 
 def read_from(path: str):
     os.dup2(os.open(path, os.O_RDONLY), 0)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process lives)
+    open_stdin()
 
 
 def piped(folder: Path, stdin: bytes, *options: str) -> subprocess.CompletedProcess:
@@ -840,6 +854,7 @@ def piped(folder: Path, stdin: bytes, *options: str) -> subprocess.CompletedProc
 
 LINES = {  # what is sent, and what is said by it
     b"one\r\n\r\ntell": ["one", "tell"],
+    b"\xef\xbb\xbfone\ntell": ["one", "tell"],
     "漢字".encode() + b"\xff\r\ntell": ["漢字\ufffd", "tell"],
     b"one\r\n/reset\r\ntwo\r\ntell\r\n": ["two", "tell"],
 }

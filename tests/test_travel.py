@@ -533,7 +533,11 @@ def test_settings_that_are_not_ours_and_a_license_stay(tokenizer, tmp_path):
     (there / "config.json").write_text(json.dumps(settings))
     (there / "README.md").write_bytes(b"caf\xe9")  # no UTF-8
     back = travel(there, "a.pt", "back")
-    assert json.loads((back / "config.json").read_text())["attention_dropout"] == 0.1
+    models.write(tmp_path / "halves", models.load(back), "float16")
+    for folder, dtype in (("back", "float32"), ("halves", "float16")):
+        settings = json.loads((tmp_path / folder / "config.json").read_text())
+        assert settings["attention_dropout"] == 0.1
+        assert settings["dtype"] == settings["torch_dtype"] == dtype
     assert (back / "LICENSE").read_text() == "as it is"
     assert (back / "README.md").read_bytes() == b"caf\xe9"
 
