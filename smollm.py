@@ -281,6 +281,20 @@ def rotate(x, cos, sin):
     return turned.to(x.dtype)  # under autocast x has 16 bits, and cos and sin have 32
 
 
+def fast_kernel_takes_groups(q, mask) -> bool:
+    """Whether a kernel that never stores all T x S scores takes fewer key/value heads than query
+    heads, on the device of q (B, H, T, D).
+
+    On CUDA only flash attention does, which needs compute capability 8 (Ampere; a T4 has 7.5), 16
+    bits, and no mask. The memory-efficient kernel needs none of these, but a key and a value head
+    for each query head: to repeat them takes little memory, beside the scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    has_flash = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return has_flash and q.dtype in (torch.float16, torch.bfloat16) and mask is None
+
+
 class Attention(nn.Module):
     """Causal attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
 
@@ -317,7 +331,13 @@ class Attention(nn.Module):
         # Without a mask, several queries begin at position 0 and are causal; a single one, the
         # last of all, sees every key.
         is_causal = mask is None and q.size(2) > 1
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+        is_grouped = q.size(1) != k.size(1)
+        if is_grouped and not fast_kernel_takes_groups(q, mask):
+            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, S, D)
+            v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+            is_grouped = False
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal,
+                                              enable_gqa=is_grouped)
 
 
 class SwiGLU(nn.Module):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,6 +33,7 @@ import smollm
 from smollm import (
     PRESETS,
     SHARD_INDEX,
+    Attention,
     Config,
     InputError,
     KVCache,
@@ -440,6 +442,55 @@ def test_later_tokens_never_change_earlier_logits():
         after = model(changed)[0]
     assert torch.equal(before[:, :25], after[:, :25])
     assert not torch.allclose(before[:, 25:], after[:, 25:], atol=1e-2)
+
+
+# ---- Attention in memory that does not grow with T x T
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)], ids=["T4", "H100"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_attention_takes_kernels_alone_that_never_store_all_scores(
+        device, masked, dtype, capability, monkeypatch):
+    """With these alone, forward and backward, it gives softmax(q k^T / sqrt(D)) v. A GPU newer than
+    a T4 can stand for one, for it has all of its kernels."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    torch.manual_seed(0)
+    attention = Attention(TINY, layer=0)
+    q = torch.randn(2, 6, 40, 8, device=device, dtype=dtype, requires_grad=True)
+    k = torch.randn(2, 2, 40, 8, device=device, dtype=dtype, requires_grad=True)
+    v = torch.randn(2, 2, 40, 8, device=device, dtype=dtype, requires_grad=True)
+    causal = torch.ones(40, 40, dtype=torch.bool, device=device).tril()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(kernels):
+        y = attention.attend(q, k, v, causal if masked else None)
+        y.sum().backward()
+    scores = q.double() @ k.double().repeat_interleave(3, dim=1).mT / math.sqrt(8)
+    weights = scores.masked_fill(~causal, -math.inf).softmax(-1)
+    expected = weights @ v.double().repeat_interleave(3, dim=1)
+    tolerance = 10 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "masked", "as_they_are"), [
+    ((9, 0), torch.bfloat16, False, True),
+    ((8, 0), torch.float16, False, True),
+    ((8, 0), torch.float32, False, False),
+    ((8, 0), torch.float16, True, False),
+    ((7, 5), torch.float16, False, False),
+    ((7, 5), torch.float32, True, False),
+])
+def test_keys_are_repeated_on_gpus_where_flash_attention_would_refuse(
+        capability, dtype, masked, as_they_are, monkeypatch):
+    class OnGPU:
+        device = torch.device("cuda")
+
+    q = OnGPU()
+    q.dtype = dtype
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    mask = torch.ones(1, 1) if masked else None
+    assert smollm.fast_kernel_takes_groups(q, mask) == as_they_are
 
 
 # ---- Initialization and loss

@@ -3,6 +3,7 @@
     python train.py --model=nano                       # 3M parameters, minutes on two cores
     python train.py --batch_size=8 --max_iters=5000    # the 135M model
     python train.py --init_from=resume                 # go on from out/ckpt.pt
+    python train.py --init_from=stable --max_iters=20000   # train longer than was planned
     torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps=64    # on eight GPUs
 """
 
@@ -35,18 +36,23 @@ class Options:
     out_dir: cli.HomePath = "out"  # folder of the checkpoint, ckpt.pt
     overwrite: bool = False  # start over in an out_dir that has a checkpoint
 
-    # or resume, from out_dir's ckpt.pt; or the model of a HuggingFace folder, Hub id, GGUF file or
-    # other ckpt.pt
+    # or resume, from out_dir's ckpt.pt; or stable, from its ckpt-stable.pt, before the decay; or
+    # the model of a HuggingFace folder, Hub id, GGUF file or other ckpt.pt
     init_from: cli.HomePath = "scratch"
     model: str = "smollm2-135m"  # from scratch: a preset of smollm.py, as nano, micro, smollm2-360m
 
     # data
 
     # stdlib, which is Python's standard library; cosmopedia, fineweb-edu, smollm-corpus or another
-    # Hub id; a file or folder of .txt, .md, .py, .jsonl, .parquet
+    # Hub id; a file or folder of .txt, .md, .py; .jsonl, .ndjson, .json, .csv, .tsv, .parquet; any
+    # of these as .gz or .zst
     dataset: cli.HomePath = "stdlib"
     dataset_config: str | None = None  # of a Hub id, where it has several
-    text_column: str = "text"  # of the Hub's data, and of .jsonl and .parquet files
+    text_column: str = "text"  # of the Hub's data, and of files that have columns
+
+    # bytes that are not UTF-8: replace them by U+FFFD, skip the line or row they are in, or fail
+    encoding_errors: Literal["replace", "skip", "fail"] = "replace"
+    separator: str | None = None  # a line that ends a document of .txt files, as '<|endoftext|>'
     max_tokens: int | None = None  # train on only so many, again and again; None: no limit
 
     # file, folder or Hub id; None: cosmo2-tokenizer for the Hub's data, else one that is trained on
@@ -154,6 +160,20 @@ def lr_at(step: int, o: Options) -> float:
     return o.learning_rate
 
 
+def check_rate_of_resumed(saved: Options, o: Options, step: int, run: Run):
+    """InputError if the learning rate, having decayed, would rise again."""
+    if step <= saved.warmup_iters or lr_at(step, o) <= lr_at(step - 1, saved):
+        return
+    way_out = "leave max_iters and decay_iters as they are"
+    if run.stable_path.exists():
+        way_out = ("go on from before the decay, with --init_from=stable "
+                   f"--max_iters={o.max_iters}")
+    raise InputError(
+        f"{run.resume_path} is at step {step}, where the learning rate has decayed to "
+        f"{lr_at(step - 1, saved):.2g}; with max_iters {o.max_iters} it would rise again to "
+        f"{lr_at(step, o):.2g}: {way_out}")
+
+
 def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the embedding and the norms; or AdamW for all.
 
@@ -175,6 +195,19 @@ def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
         return [adamw]
     muon = Muon(matrices, lr=0.0, weight_decay=o.weight_decay, dtype=getattr(torch, o.dtype))
     return [adamw, muon]
+
+
+def restore(checkpoint: dict, optimizers: list, scaler, device):
+    """Set all that a run needs, with the weights, to go on as if it had not stopped. What is set is
+    a copy, for the checkpoint's tensors are mapped to its file, which will be replaced."""
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(copy.deepcopy(state))
+    if checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+    # nothing here draws from it any more, but what you add may: dropout, say
+    torch.set_rng_state(checkpoint["rng"]["cpu"].clone())
+    if device.type == "cuda" and "cuda" in checkpoint["rng"]:
+        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].clone())
 
 
 class Loss(torch.nn.Module):
@@ -238,20 +271,25 @@ if __name__ == "__main__":
     # Ranks: this process alone, or one of torchrun's. Rank 0 speaks and writes.
     device = ranks.start(o.device)
     is_first = ranks.rank() == 0
+    ranks.compare({f"--{name}": value for name, value in vars(o).items()})
     if not is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
     # The run's folder. A run that resumes has the options of its checkpoint, and some may change.
+    is_resumed = o.init_from in ("resume", "stable")
     run = Run(Path(o.out_dir), writes=is_first and not o.overfit)
-    run.claim()  # from now on no other process writes there
-    if o.init_from == "resume":
-        run.use_newest_whole()  # if ckpt.pt is damaged, the one before it takes its place
-        ranks.barrier(device)  # the others wait for rank 0
-        checkpoint = run.load(option_names=set(vars(o)))
+    ranks.on_all(lambda: run.claim(is_resumed))  # from now on no other process writes there
+    if is_resumed:
+        if o.init_from == "stable":
+            ranks.on_all(run.use_stable)
+        else:
+            ranks.on_all(run.use_newest_whole)  # if ckpt.pt is damaged, the one before it
+        checkpoint = ranks.on_all(lambda: run.load(option_names=set(vars(o))))
         saved = Options(**checkpoint["options"])
-        default = replace(saved, out_dir=o.out_dir, init_from="resume", overwrite=False)
+        default = replace(saved, out_dir=o.out_dir, init_from=o.init_from, overwrite=False)
         o = check_options(cli.parse(Options, __doc__, default))
         run.check_options(saved, o, checkpoint["step"])
+        check_rate_of_resumed(saved, o, checkpoint["step"], run)
     else:
         o = check_options(o)
         if not o.overwrite:
@@ -287,15 +325,15 @@ if __name__ == "__main__":
                 tokenizer = load_tokenizer(o.tokenizer)
             models.check_fit(tokenizer, model.config)
     else:
-        source = run.path if o.init_from == "resume" else o.init_from
-        if o.tokenizer and o.init_from != "resume":
+        source = run.resume_path if is_resumed else o.init_from
+        if o.tokenizer and not is_resumed:
             raise InputError(f"tokenizer is {o.tokenizer}, but {source} brings its own: leave it "
                              "out")
         bundle = models.load(source, device)
         model = bundle.model
         tokenizer = bundle.tokenizer
         files = bundle.files
-        if o.init_from != "resume":
+        if not is_resumed:
             files = models.files_for_training(bundle)
     config = model.config
     if o.block_size > config.max_position_embeddings:
@@ -312,12 +350,16 @@ if __name__ == "__main__":
     else:
         steps = 1 if o.overfit else o.max_iters
         num_windows = math.ceil(steps * sequences_per_step / blocks_per_window)
-    text_source = Source(o.dataset, o.dataset_config, o.text_column)
-    data = prepare_data(text_source, tokenizer, config.vocab_size, num_windows)
+    text_source = Source(o.dataset, o.dataset_config, o.text_column, o.encoding_errors, o.separator)
+    data = ranks.first_here_first(
+        lambda: prepare_data(text_source, tokenizer, config.vocab_size, num_windows))
+    # a dict for each window: totals up to its end, and hashes of its tokens
+    windows = data.meta["windows"][:num_windows]
+    ranks.compare({"the tokens of the text": windows, "the tokenizer": data.tokenizer.to_str(),
+                   "the model's config": asdict(config), "the checkpoint": run.curve})
     tokenizer = data.tokenizer
-    window_counts = data.meta["windows"][:num_windows]  # a dict each: totals up to its end
-    if o.init_from == "resume":
-        run.check_data(checkpoint["data"], window_counts, o.dataset)
+    if is_resumed:
+        run.check_data(checkpoint["data"], windows, o.dataset)
     elif o.init_from == "scratch":
         config.bos_token_id = end_of_text(tokenizer)  # <|endoftext|> stands between documents,
         config.eos_token_id = end_of_text(tokenizer)  # so it both begins and ends them
@@ -358,20 +400,12 @@ if __name__ == "__main__":
           f"{o.gradient_accumulation_steps} x {o.batch_size} sequences of {o.block_size}, "
           f"{tokens_per_step:,} tokens")
 
-    # Resume: with the weights, all that a run needs to go on as if it had not stopped
     first_step = 0
-    if o.init_from == "resume":
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(copy.deepcopy(state))  # a copy is not mapped to the file
-        if checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
-        # nothing here draws from it any more, but what you add may: dropout, say
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+    if is_resumed:
+        restore(checkpoint, optimizers, scaler, device)
         first_step = checkpoint["step"]
         del checkpoint
-    run.begin_log()
+    run.begin()
     signals = StopSignals(is_alone=ranks.world_size() == 1, speaks=is_first)
     stop_signal = 0  # the largest that any rank has received
     seconds = 0.0  # of the steps since the last line of the log
@@ -384,7 +418,8 @@ if __name__ == "__main__":
         is_last = step == o.max_iters or stop_signal != 0
 
         # Evaluate and save, which rank 0 does; the others wait for it in their next step.
-        is_due = step % o.eval_interval == 0 or is_last
+        is_stable = o.schedule == "wsd" and step == o.max_iters - o.decay_iters
+        is_due = step % o.eval_interval == 0 or is_stable or is_last
         if run.writes and is_due and not run.was_evaluated_at(step):
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise InputError(f"after step {step} not all weights are finite: lower the "
@@ -392,7 +427,7 @@ if __name__ == "__main__":
             if not stop_signal:  # else save at once
                 val_loss = evaluate(loss_model, val_batches, autocast)
                 perplexity = math.exp(min(val_loss, 99))  # of a loss above 709, exp overflows
-                tokens_per_byte = window_counts[0]["val"] / window_counts[0]["val_bytes"]
+                tokens_per_byte = windows[0]["val"] / windows[0]["val_bytes"]
                 bits_per_byte = val_loss / math.log(2) * tokens_per_byte
                 run.log(step=step, tokens=step * tokens_per_step, val_loss=val_loss,
                         perplexity=perplexity, bits_per_byte=bits_per_byte)
@@ -413,9 +448,9 @@ if __name__ == "__main__":
                     "rng": rng,
                     "options": asdict(o),
                     "step": step,
-                    "data": window_counts,
+                    "data": windows,
                     "curve": run.curve,
-                })
+                }, is_stable)
                 say(f"step {step} | saved {run.path}")
         if is_last:
             break

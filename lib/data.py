@@ -10,187 +10,63 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
-import sysconfig
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import numpy as np
 import torch
-from datasets import Features, IterableDataset, Value, concatenate_datasets, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from lib.bpe import SPECIAL_TOKENS as SPECIAL_TOKENS
 from lib.cli import reading
-from lib.files import lock, sync, write_whole
+from lib.documents import (
+    File,
+    Source,
+    describe,
+    find_files,
+    hub_parts,
+    open_streams,
+    read_batches,
+)
+from lib.files import lock, remove, sync, write_whole
 from smollm import InputError, load_tokenizer
 
 WINDOW = 2**24  # tokens: what is made whole or not at all, and what training shuffles within
-BATCH = 200  # documents that are read and encoded at once; the first of them is held out
-CORPUS = "HuggingFaceTB/smollm-corpus"
-HUB = {  # name: (share of the tokens, Hub id, config) of each part; the shares of SmolLM's recipe
-    "cosmopedia": [(1.0, CORPUS, "cosmopedia-v2")],
-    "fineweb-edu": [(1.0, CORPUS, "fineweb-edu-dedup")],
-    "smollm-corpus": [(0.70, CORPUS, "fineweb-edu-dedup"), (0.15, CORPUS, "cosmopedia-v2")],
-}
 HUB_TOKENIZER = "HuggingFaceTB/cosmo2-tokenizer"
 HUB_VOCAB = 49152
-LOCAL = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".parquet": "parquet"}
-SPECIAL_TOKENS = [  # the first ids of SmolLM's vocabulary
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>",
-    "<filename>", "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>",
-    "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>",
-    "<empty_output>"]
-
-
-@dataclass
-class Source:
-    """Where the text is: options of train.py."""
-    dataset: str
-    config: str | None = None
-    column: str = "text"
-
-    @property
-    def is_on_hub(self) -> bool:
-        path = Path(self.dataset)
-        is_id = self.dataset.count("/") == 1 and path.suffix not in LOCAL
-        return not path.exists() and (self.dataset in HUB or is_id)
-
-    @property
-    def hint(self) -> str:
-        """What to do when it can't be read."""
-        if not self.is_on_hub:
-            return ""
-        return ("; see --dataset_config and --text_column, or do without the Hub: give a file or "
-                "folder of your own, --dataset=PATH")
-
-    def reading(self):
-        return reading(f"dataset {self.dataset!r}", self.hint)
-
-
-# ---- Documents: streams of the library datasets, whose place can be saved and found again
-
-
-def find_files(dataset: str) -> list[Path]:
-    """A dataset's files here, shuffled, so that the first of them stand for all."""
-    path = Path(dataset)
-    suffixes = set(LOCAL)
-    if dataset == "stdlib":
-        path = Path(sysconfig.get_path("stdlib"))
-        suffixes = {".py"}
-    if path.is_file():
-        return [path]
-    files = []
-    for file in sorted(path.rglob("*")):
-        folders = set(file.relative_to(path).parts)
-        if folders & {"site-packages", "dist-packages"}:
-            continue
-        if file.suffix in suffixes and file.is_file():
-            files.append(file)
-    if not files:
-        problem = "does not exist"
-        if path.exists():
-            problem = f"has no {', '.join(sorted(suffixes))} files"
-        raise InputError(f"dataset {dataset!r} {problem}: give a file or folder with text, stdlib, "
-                         f"or what the Hub has: {', '.join(HUB)} or owner/name")
-    random.Random(0).shuffle(files)
-    return files
-
-
-left_out = set()  # names of files that are not UTF-8, of which the rest was not read
-
-
-def read_texts(files: list[str], column: str, alone: bool):
-    """Yields {column: text}: text files, cut at line ends in pieces of 16,000 to 32,000
-    characters."""
-    for name in files:
-        try:
-            with open(name, encoding="utf-8") as file:
-                while text := file.read(16000) + file.readline(16000):
-                    yield {column: text}
-        except UnicodeDecodeError as error:
-            if alone:
-                raise ValueError(f"it is not UTF-8 text: {error.reason}") from None
-            left_out.add(name)
-
-
-def open_streams(source: Source, files: list[Path]) -> list[tuple]:
-    """The parts of a dataset: [(share of the tokens, IterableDataset of {column: str})]."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what matters is raised
-    huggingface_hub.logging.set_verbosity_error()
-    with source.reading():
-        if files:
-            return [(1.0, open_files(source, files))]
-        parts = HUB.get(source.dataset, [(1.0, source.dataset, source.config)])
-        streams = []
-        for share, hub_id, config in parts:
-            stream = load_dataset(hub_id, config, split="train", streaming=True)
-            streams.append((share, only_text(stream, source.column)))
-        return streams
-
-
-def open_files(source: Source, files: list[Path]) -> IterableDataset:
-    """One stream of all files, kind after kind."""
-    kinds = {}
-    for file in files:
-        kinds.setdefault(LOCAL.get(file.suffix, "text"), []).append(str(file))
-    streams = []
-    for kind, names in kinds.items():
-        if kind == "text":
-            arguments = {"files": names, "column": source.column, "alone": len(files) == 1}
-            features = Features({source.column: Value("string")})
-            stream = IterableDataset.from_generator(read_texts, features, gen_kwargs=arguments)
-        else:
-            stream = load_dataset(kind, data_files=names, split="train", streaming=True)
-        streams.append(only_text(stream, source.column))
-    return concatenate_datasets(streams)
-
-
-def only_text(stream: IterableDataset, column: str) -> IterableDataset:
-    return stream.select_columns([column]).cast(Features({column: Value("string")}))
-
-
-def read_batches(source: Source, streams: list[tuple], sizes: list[int]):
-    """Yields (i, texts) from the stream i whose size, for the caller to keep, is least for its
-    share, until one of them ends: so the parts of a mixture keep their proportion."""
-    with ExitStack() as stack:
-        batches = [stack.enter_context(closing(stream.iter(BATCH))) for _, stream in streams]
-        while True:
-            i = min(range(len(streams)), key=lambda i: sizes[i] / streams[i][0])
-            with source.reading():
-                batch = next(batches[i], None)
-            if batch is None:
-                return
-            texts = [text for text in batch[source.column] if text]
-            if texts:
-                yield i, texts
 
 
 # ---- Tokens
 
 
 def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE as SmolLM's: its special tokens first, digits one by one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty())
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    """A byte-level BPE as SmolLM's, trained in a process of its own (lib/bpe.py)."""
+    command = [sys.executable, "-m", "lib.bpe", str(vocab_size)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, encoding="utf-8",
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        with suppress(BrokenPipeError):  # if it has died, its exit code says so
+            for text in texts:
+                process.stdin.write(json.dumps(text) + "\n")
+        out, _ = process.communicate()
+    except BaseException:
+        process.kill()
+        raise
+    if process.returncode != 0:
+        raise InputError(f"the training of a tokenizer of {vocab_size} tokens ended with "
+                         f"{process.returncode}: it may have run out of memory")
+    return Tokenizer.from_str(out)
 
 
-def first_texts(source: Source, streams: list[tuple], characters: int = 50_000_000):
+def first_texts(streams: list[tuple], characters: int = 50_000_000):
     """Yields the texts that a tokenizer is trained on."""
     sizes = [0] * len(streams)
-    for i, texts in read_batches(source, streams, sizes):
+    for i, texts in read_batches(streams, sizes):
         yield from texts
         sizes[i] += sum(len(text) for text in texts)
         if sum(sizes) > characters:
@@ -206,43 +82,63 @@ def end_of_text(tokenizer: Tokenizer) -> int:
                      "another one")
 
 
-def write_windows(folder: Path, meta: dict, source: Source, streams: list[tuple],
-                  tokenizer: Tokenizer, num_windows: int):
+def add_windows(folder: Path, meta: dict, streams: list[tuple], tokenizer: Tokenizer,
+                num_windows: int):
+    """write_windows, after what is there has been checked; and then what was added is."""
+    before = len(meta["windows"])
+    if before > 0:
+        check_windows(folder, meta, 0)
+    write_windows(folder, meta, streams, tokenizer, num_windows)
+    check_windows(folder, meta, before)
+
+
+def write_windows(folder: Path, meta: dict, streams: list[tuple], tokenizer: Tokenizer,
+                  num_windows: int):
     """Append to folder's train.bin and val.bin until there are so many windows, or a stream ends.
 
-    Documents are packed end to end, with eos after each. What they say of special tokens is encoded
-    as text. meta, the contents of meta.json, says what is there, and where the streams go on.
+    Documents are packed end to end, with eos after each; one of a batch, drawn from a seed, is held
+    out. What they say of special tokens is encoded as text. meta, the contents of meta.json, says
+    what is there, and where the streams go on.
     """
-    counts = {"train": 0, "val": 0, "val_bytes": 0}  # tokens, and the bytes of the held-out text
+    # tokens, the bytes of the held-out text, and the batches of documents, from the beginning
+    counts = {"train": 0, "val": 0, "val_bytes": 0, "batches": 0}
     if meta["windows"]:
         counts = dict(meta["windows"][-1])
+    hashes = {"train": hashlib.sha256(), "val": hashlib.sha256()}  # of this window's tokens
     eos = end_of_text(tokenizer)
     dtype = np.dtype(meta["dtype"])
     for (_, stream), state in zip(streams, meta["states"], strict=False):
-        stream.load_state_dict(state)
+        stream.load_state(state)
     tokenizer.encode_special_tokens = True
     with ExitStack() as stack:
         files = {}
         for split in ("train", "val"):
             files[split] = stack.enter_context(open(folder / f"{split}.bin", "ab"))
-            files[split].truncate(counts[split] * dtype.itemsize)  # drops what is no whole window
-        batches = stack.enter_context(closing(read_batches(source, streams, meta["sizes"])))
+        batches = stack.enter_context(closing(read_batches(streams, meta["sizes"])))
         bar = stack.enter_context(tqdm(desc="tokenizing", unit="tok", unit_scale=True,
                                        total=num_windows * WINDOW, disable=None))
         while len(meta["windows"]) < num_windows and not meta["ended"]:
             i, texts = next(batches, (0, []))
+            held_out = random.Random(counts["batches"]).randrange(max(1, len(texts)))
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for number, encoding in enumerate(encodings):
-                split = "val" if number == 0 else "train"
-                files[split].write(np.array([*encoding.ids, eos], dtype).tobytes())
+                split = "val" if number == held_out else "train"
+                tokens = np.array([*encoding.ids, eos], dtype).tobytes()
+                files[split].write(tokens)
+                hashes[split].update(tokens)
                 counts[split] += len(encoding) + 1
                 meta["sizes"][i] += len(encoding) + 1
-            counts["val_bytes"] += sum(len(text.encode()) for text in texts[:1])
             meta["ended"] = not texts
+            if texts:
+                counts["val_bytes"] += len(texts[held_out].encode())
+                counts["batches"] += 1
             bar.update(counts["train"] - bar.n)
             if meta["ended"] or counts["train"] > (len(meta["windows"]) + 1) * WINDOW:
+                for split in hashes:
+                    counts[f"{split}_sha256"] = hashes[split].hexdigest()
+                    hashes[split] = hashlib.sha256()
                 meta["windows"].append(dict(counts))
-                meta["states"] = [stream.state_dict() for _, stream in streams]
+                meta["states"] = [stream.state() for _, stream in streams]
                 for file in files.values():
                     file.flush()
                     sync(Path(file.name))
@@ -250,11 +146,22 @@ def write_windows(folder: Path, meta: dict, source: Source, streams: list[tuple]
     tokenizer.encode_special_tokens = False
 
 
-def say_what_was_left_out(num_files: int):
-    if left_out:
-        names = ", ".join(sorted(os.path.basename(name) for name in left_out)[:5])
-        print(f"{len(left_out)} of {num_files} files are not UTF-8 text, and were left out from "
-              f"the first such byte on: {names}")
+def check_windows(folder: Path, meta: dict, first: int):
+    """InputError unless the tokens on the disk are those that were written, from window `first`
+    on. So two processes that wrote at once, where locks don't lock, are found out."""
+    dtype = np.dtype(meta["dtype"])
+    for split in ("train", "val"):
+        with open(folder / f"{split}.bin", "rb") as file:
+            end = 0
+            if first > 0:
+                end = meta["windows"][first - 1][split]
+            file.seek(end * dtype.itemsize)
+            for window in meta["windows"][first:]:
+                tokens = file.read((window[split] - end) * dtype.itemsize)
+                end = window[split]
+                if hashlib.sha256(tokens).hexdigest() != window[f"{split}_sha256"]:
+                    raise InputError(f"{file.name} does not hold the tokens that were written: "
+                                     f"delete {folder}, it will be made again")
 
 
 def write_text(path: Path, text: str):
@@ -263,19 +170,31 @@ def write_text(path: Path, text: str):
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The contents of meta.json, if there is one."""
+    """The contents of meta.json, if there is one, and the files have the sizes that it tells of.
+
+    They are longer after a preparation that was killed. Then what is whole is checked, and the rest
+    cut off.
+    """
     path = folder / "meta.json"
     if not path.exists():
+        for split in ("train", "val"):  # of a preparation that made no window
+            (folder / f"{split}.bin").unlink(missing_ok=True)
         return None
-    with reading(path):
+    with reading(path, f": delete {folder}, it will be made again"):
         meta = json.loads(path.read_text("utf-8"))
-        counts = meta["windows"][-1]
-    for split in ("train", "val"):
-        size = counts[split] * np.dtype(meta["dtype"]).itemsize
+        itemsize = np.dtype(meta["dtype"]).itemsize
+        sizes = {split: meta["windows"][-1][split] * itemsize for split in ("train", "val")}
+    found = {}
+    for split, size in sizes.items():
         tokens = folder / f"{split}.bin"
-        if not tokens.exists() or tokens.stat().st_size < size:
+        found[split] = tokens.stat().st_size if tokens.exists() else 0
+        if found[split] < size:
             raise InputError(f"{tokens} has less than the {size} bytes that meta.json tells of: "
                              f"delete {folder}, it will be made again")
+    if found != sizes:
+        check_windows(folder, meta, 0)
+        for split, size in sizes.items():
+            os.truncate(folder / f"{split}.bin", size)
     return meta
 
 
@@ -303,23 +222,55 @@ class Tokens:
         return np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r", shape=size)
 
 
+def identity_of(source: Source, files: list[File]) -> tuple:
+    """What a dataset is: the contents of its files, wherever they are, and how they are read."""
+    contents = source.dataset
+    if files:
+        contents = [(file.name, digest) for file, digest in zip(files, digests(files), strict=True)]
+    return contents, source.config, source.column, source.encoding_errors, source.separator
+
+
+def digests(files: list[File]) -> list[str]:
+    """The SHA-256 of each file. data/digests keeps them, by path, size and times, so that a
+    file is read for it once."""
+    path = Path("data", "digests")
+    found = []
+    with lock_data(path):
+        known = {}
+        if path.exists():
+            with reading(path, ": delete it, it will be made again"):
+                known = json.loads(path.read_text("utf-8"))
+        before = len(known)
+        for file in tqdm(files, desc="reading files", delay=1, leave=False, disable=None):
+            stat = file.path.stat()
+            key = (f"{os.path.realpath(file.path)} {stat.st_size} {stat.st_mtime_ns} "
+                   f"{stat.st_ctime_ns}")
+            if key not in known:
+                with open(file.path, "rb") as stream:
+                    known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found.append(known[key])
+        if len(known) > before:
+            write_text(path, json.dumps(known))
+    return found
+
+
 def prepare_data(source: Source, tokenizer: Tokenizer | None, vocab_size: int,
                  num_windows: int) -> Tokens:
     """At least so many windows of a dataset's tokens, or all.
 
     The tokenizer, if None is given, is cosmo2's for what is on the Hub, else one that is trained on
-    the dataset. Tokens and tokenizer are kept in data/, and made again only for other files (by
-    name, size and time) or another tokenizer.
+    the dataset. Tokens and tokenizer are kept in data/, and made again only for other text or
+    another tokenizer.
     """
     files = []
-    identity = source.dataset
-    if not source.is_on_hub:
-        files = find_files(source.dataset)
-        stats = [(str(file), file.stat()) for file in files]
-        identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    identity = (identity, source.config, source.column)
-    name = Path(source.dataset).resolve().name
+    if source.is_on_hub:
+        print(f"dataset {source.dataset}: streamed from the Hub")
+    else:
+        files, left_out = find_files(source.dataset)
+        print(f"dataset {source.dataset}: {describe(files, left_out)}")
     Path("data").mkdir(exist_ok=True)
+    name = Path(source.dataset).resolve().name
+    identity = identity_of(source, files)
     if tokenizer is None and source.is_on_hub and vocab_size >= HUB_VOCAB:
         with reading(f"tokenizer {HUB_TOKENIZER}", source.hint):
             tokenizer = load_tokenizer(HUB_TOKENIZER)
@@ -327,7 +278,7 @@ def prepare_data(source: Source, tokenizer: Tokenizer | None, vocab_size: int,
         path = Path("data", f"{name}-{sha256(repr((identity, vocab_size)))[:12]}.json")
         with lock_data(path):
             if not path.exists():
-                texts = first_texts(source, open_streams(source, files))
+                texts = first_texts(open_streams(source, files))
                 write_text(path, train_tokenizer(texts, vocab_size).to_str())
         tokenizer = load_tokenizer(path)
 
@@ -336,22 +287,27 @@ def prepare_data(source: Source, tokenizer: Tokenizer | None, vocab_size: int,
         folder.mkdir(exist_ok=True)
         meta = read_meta(folder)
         if meta is None:
-            num_parts = 1
-            if source.is_on_hub and source.dataset in HUB:
-                num_parts = len(HUB[source.dataset])
+            num_parts = 1 if files else len(hub_parts(source))
             large = max(tokenizer.get_vocab().values()) >= 2**16
             meta = {"dataset": source.dataset, "dtype": "uint32" if large else "uint16",
                     "ended": False, "windows": [], "sizes": [0] * num_parts, "states": []}
+        problem = ""
+        reasons = []  # why files were left out
         if len(meta["windows"]) < num_windows and not meta["ended"]:
-            left_out.clear()
             streams = open_streams(source, files)
-            write_windows(folder, meta, source, streams, tokenizer, num_windows)
-            say_what_was_left_out(len(files))
-    counts = meta["windows"][-1]
-    if counts["train"] == 0 or counts["val"] < 2:
-        raise InputError(f"dataset {source.dataset!r} is empty or too short: to train and to "
-                         "validate takes two documents, or a text file of more than 32,000 "
-                         "characters")
+            add_windows(folder, meta, streams, tokenizer, num_windows)
+            for _, stream in streams:
+                print("\n".join(stream.tally.lines(source)))
+                reasons += stream.tally.reasons()
+            if identity_of(source, files) != identity:
+                problem = "has changed while it was read: try again"
+        counts = meta["windows"][-1]
+        if counts["train"] == 0 or counts["val"] < 2:
+            problem = ("is empty or too short: to train and to validate takes two documents, or a "
+                       "text file of more than 32,000 bytes")
+        if problem:
+            remove(folder)
+            raise InputError("; ".join([f"dataset {source.dataset!r} {problem}", *reasons]))
     return Tokens(folder, meta, tokenizer)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lib.device import pick_device
+from smollm import InputError
 
 
 def start(device_name: str) -> torch.device:
@@ -15,7 +16,7 @@ def start(device_name: str) -> torch.device:
     machine with GPUs, each has a GPU of its own."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(device_name)
-    timeout = timedelta(hours=2)  # of an evaluation, for which the others wait
+    timeout = timedelta(hours=24)  # of preparing data, or evaluating, for which the others wait
     if device_name in ("auto", "cuda") and torch.cuda.is_available():
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
@@ -52,6 +53,61 @@ def first_of(value, device: torch.device):
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0, device=device)
     return values[0]
+
+
+def gather(value) -> list:
+    """The values that all ranks have, in their order."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_all(function):
+    """What function returns, once it has returned on all ranks. What the user did wrong on one of
+    them is an InputError on all."""
+    if world_size() == 1:
+        return function()
+    result = None
+    problem = ""
+    try:
+        result = function()
+    except (InputError, OSError) as error:
+        problem = str(error)
+    problems = gather(problem)
+    for number, problem in enumerate(problems):
+        if problem:
+            raise InputError(f"rank {number}: {problem}")
+    return result
+
+
+def first_here_first(function):
+    """on_all, but the first rank on each machine calls it before the others there, which then find
+    what it has made."""
+    is_first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+    def make():
+        if is_first_here:
+            return function()
+
+    def find():
+        if not is_first_here:
+            return function()
+
+    made = on_all(make)
+    found = on_all(find)
+    return made if is_first_here else found
+
+
+def compare(what: dict):
+    """InputError on all ranks, if on one of them these values are not those of rank 0."""
+    for number, other in enumerate(gather(what)):
+        if number == 0:
+            first = other
+        different = [name for name in first if repr(other[name]) != repr(first[name])]
+        if different:
+            raise InputError(f"rank {number} differs from rank 0 in {', '.join(different)}: give "
+                             "all ranks the same files and options")
 
 
 def barrier(device: torch.device):

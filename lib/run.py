@@ -2,11 +2,14 @@
 
     ckpt.pt            the newest checkpoint, whole or not there
     ckpt-previous.pt   the one before it, used when checksums say that the newest is damaged
+    ckpt-best.pt       that of the lowest validation loss
+    ckpt-stable.pt     that at which the learning rate begins to decay, to train longer from
     metrics.jsonl      a line for each line of the log
     loss.png           the same as a picture
     .lock              held by the one run that may write here
 """
 
+import errno
 import json
 import math
 import os
@@ -20,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from lib.cli import reading
-from lib.files import lock, write_whole
+from lib.files import keep_copy, lock, sync, write_whole
 from lib.plot import plot
 from smollm import InputError, read_checkpoint
 
@@ -54,15 +57,21 @@ class Run:
         self.path = folder / "ckpt.pt"
         self.previous_path = folder / "ckpt-previous.pt"
         self.damaged_path = folder / "ckpt-damaged.pt"
+        self.best_path = folder / "ckpt-best.pt"
+        self.stable_path = folder / "ckpt-stable.pt"
+        self.resume_path = self.path  # what the run goes on from, if it does
         self.curve = []  # the entries of metrics.jsonl
         self.path_is_ours = False  # whether what is at path is of this run
 
     # ---- Before the run
 
-    def claim(self):
-        """Make the folder, and lock it for as long as this process lives."""
+    def claim(self, is_resumed: bool):
+        """Make the folder, and lock it for as long as this process lives. InputError if a run is to
+        go on there, and there is none."""
         if not self.writes:
             return
+        if is_resumed and not self.folder.is_dir():
+            raise InputError(f"{self.path}: can't be read: there is no folder {self.folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / ".lock", f"{self.folder} is in use by another run: wait "
                          "until it has ended, or choose another --out_dir")
@@ -70,7 +79,8 @@ class Run:
 
     def check_unused(self):
         """InputError if the folder has a checkpoint."""
-        if self.writes and (self.path.exists() or self.previous_path.exists()):
+        checkpoints = (self.path, self.previous_path, self.best_path, self.stable_path)
+        if self.writes and any(path.exists() for path in checkpoints):
             raise InputError(f"{self.folder} has a checkpoint: go on from it with "
                              "--init_from=resume, choose another --out_dir, or start over with "
                              "--overwrite=True")
@@ -90,13 +100,22 @@ class Run:
                 os.replace(self.path, self.damaged_path)
             os.replace(self.previous_path, self.path)
 
+    def use_stable(self):
+        """Go on from the checkpoint at which the learning rate began to decay."""
+        self.resume_path = self.stable_path
+        if not self.stable_path.exists():
+            raise InputError(f"{self.stable_path} does not exist: a run keeps it from the step on "
+                             "at which its learning rate begins to decay, under --schedule=wsd")
+        if self.writes:
+            load_checkpoint(self.stable_path)
+
     def load(self, option_names: set[str]) -> dict:
         """The checkpoint, with all that a run needs to go on as if it had not stopped."""
-        checkpoint = load_checkpoint(self.path, check=False)  # use_newest_whole has checked it
+        checkpoint = load_checkpoint(self.resume_path, check=False)  # that was done already
         if not set(checkpoint) >= STATE or set(checkpoint["options"]) != option_names:
-            raise InputError(f"{self.path} has weights, but not all the state of a run of this "
-                             "train.py: use another --out_dir and "
-                             f"--init_from={self.path}")
+            raise InputError(f"{self.resume_path} has weights, but not all the state of a run of "
+                             "this train.py: use another --out_dir and "
+                             f"--init_from={self.resume_path}")
         self.curve = checkpoint["curve"]
         self.path_is_ours = True
         return checkpoint
@@ -109,27 +128,35 @@ class Run:
             if value == before:
                 continue
             if name not in RESUMABLE:
-                raise InputError(f"{name} is {before} in {self.path} and can't change: leave it "
-                                 "out, or start anew in another --out_dir")
+                raise InputError(f"{name} is {before} in {self.resume_path} and can't change: "
+                                 "leave it out, or start anew in another --out_dir")
             print(f"{name}: {before} -> {value}")
         if step >= now.max_iters:
-            raise InputError(f"{self.path} is at step {step} of {now.max_iters}: raise max_iters")
+            raise InputError(f"{self.resume_path} is at step {step} of {now.max_iters}: raise "
+                             "max_iters")
 
     def check_data(self, saved: list[dict], now: list[dict], dataset: str):
         """InputError if the windows of data, as far as both have them, are not what they were."""
         for before, after in zip(saved, now, strict=False):
             if before != after:
-                raise InputError(f"dataset {dataset!r} is not what it was when {self.path} was "
-                                 "saved: bring that back, or start anew with "
-                                 f"--init_from={self.path} in another --out_dir")
+                raise InputError(f"dataset {dataset!r} is not what it was when {self.resume_path} "
+                                 "was saved: bring that back, or start anew with "
+                                 f"--init_from={self.resume_path} in another --out_dir")
 
     # ---- While it goes on
 
-    def begin_log(self):
-        """metrics.jsonl, as far as it is of steps that will not be done again."""
-        if self.writes:
-            lines = [json.dumps(entry) + "\n" for entry in self.curve]
-            (self.folder / "metrics.jsonl").write_text("".join(lines))
+    def begin(self):
+        """Let ckpt.pt be what the run goes on from, and metrics.jsonl end there, too. What ckpt.pt
+        was, if it is not that, gets a name with its step."""
+        if not self.writes:
+            return
+        if self.resume_path != self.path:
+            if self.path.exists():
+                step = load_checkpoint(self.path)["step"]
+                keep_copy(self.path, self.folder / f"ckpt-{step}.pt")
+            keep_copy(self.resume_path, self.path)
+        lines = [json.dumps(entry) + "\n" for entry in self.curve]
+        (self.folder / "metrics.jsonl").write_text("".join(lines))
 
     def log(self, **entry):
         """A line of metrics.jsonl: step, tokens, and what is known of them. JSON has no NaN."""
@@ -146,13 +173,28 @@ class Run:
     def best_val_loss(self) -> float:
         return min(entry["val_loss"] for entry in self.curve if "val_loss" in entry)
 
-    def save(self, checkpoint: dict):
-        """Make this the newest checkpoint. The one before it is kept; those of another run, which
-        this one overwrites, are gone once this one is there."""
+    def is_best_at(self, step: int) -> bool:
+        """Whether the lowest validation loss is that of this step."""
+        losses = {entry["step"]: entry["val_loss"] for entry in self.curve if "val_loss" in entry}
+        return step in losses and losses[step] == min(losses.values())
+
+    def save(self, checkpoint: dict, is_stable: bool):
+        """Make this the newest checkpoint; also the best one, if it is, and the stable one, if
+        is_stable says so. The one before it is kept; those of another run, which this one
+        overwrites, are gone once this one is there."""
         keep_as = self.previous_path if self.path_is_ours else None
+        copies = []  # which are there before it is, so that a kill between leaves none out
+        if self.is_best_at(checkpoint["step"]):
+            copies.append(self.best_path)
+        if is_stable:
+            copies.append(self.stable_path)
         try:
-            with write_whole(self.path, keep_as) as temporary, open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
+            with write_whole(self.path, keep_as) as temporary:
+                with open(temporary, "wb") as file:
+                    torch.save(checkpoint, file)
+                for copy in copies:
+                    sync(temporary)
+                    keep_copy(temporary, copy)
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
             reason = error
             if isinstance(error.__context__, OSError):
@@ -160,30 +202,42 @@ class Run:
             raise InputError(f"{self.path} can't be written, the last checkpoint is as it was: "
                              f"{reason}") from error
         if not self.path_is_ours:
-            self.previous_path.unlink(missing_ok=True)
+            for path in {self.previous_path, self.best_path, self.stable_path} - set(copies):
+                path.unlink(missing_ok=True)
         self.path_is_ours = True
         plot({str(self.folder): self.curve}, self.folder / "loss.png")
 
 
 def say(text: str, file=None):
     """A line of the log, above the progress bar. When Ctrl-C ends the `tee` of `| tee log.txt`,
-    too, the line is lost, but not the run."""
+    too, or the terminal is gone, the line is lost, but not the run."""
     file = file or sys.stdout
     try:
         tqdm.write(text, file)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        forget(file.fileno())
+
+
+def forget(descriptor: int):
+    """From now on, what is written to this file goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM, which end a run after the step in progress. A second one ends it at once,
-    but not under torchrun, which passes on what the terminal has sent to all."""
+    """Ctrl-C, SIGTERM and SIGHUP (the terminal was closed), which end a run after the step in
+    progress. A second one ends it at once, but not under torchrun, which passes on what the
+    terminal has sent to all. What is ignored, as SIGHUP is under nohup, stays so."""
     def __init__(self, is_alone: bool, speaks: bool):
         self.is_alone = is_alone
         self.speaks = speaks
         self.received = 0  # the signal's number; 0: none
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         self.received = number
@@ -191,3 +245,6 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
         if self.speaks:
             say("finishing this step, then saving", sys.stderr)
+        if signal.Signals(number).name == "SIGHUP":
+            for descriptor in self.terminals:
+                forget(descriptor)

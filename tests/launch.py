@@ -6,6 +6,7 @@ The processes are forked from one that has imported what the scripts do, and run
 tests/stress start many.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -102,6 +103,7 @@ def _run(cwd: str, script: str, options, paths: list[str], before, environment: 
     tqdm.set_lock(threading.RLock())
     os.chdir(cwd)
     os.environ.update(environment)
+    atexit._clear()  # what is there is the forkserver's
     if "OMP_NUM_THREADS" in environment:  # torch has read it when it was imported, before the fork
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [script, *options]
@@ -119,6 +121,7 @@ def _run(cwd: str, script: str, options, paths: list[str], before, environment: 
             code = 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

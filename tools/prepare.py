@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import cli, data
@@ -21,6 +22,8 @@ class Options:
     dataset: cli.HomePath = "cosmopedia"  # as in train.py
     dataset_config: str | None = None
     text_column: str = "text"
+    encoding_errors: Literal["replace", "skip", "fail"] = "replace"
+    separator: str | None = None
     tokenizer: cli.HomePath | None = None
     vocab_size: int = data.HUB_VOCAB  # of the model
     max_tokens: int = data.WINDOW  # rounded up to whole windows of 2^24
@@ -33,7 +36,7 @@ if __name__ == "__main__":
     if o.tokenizer:
         with cli.reading(o.tokenizer):
             tokenizer = load_tokenizer(o.tokenizer)
-    source = data.Source(o.dataset, o.dataset_config, o.text_column)
+    source = data.Source(o.dataset, o.dataset_config, o.text_column, o.encoding_errors, o.separator)
     num_windows = math.ceil(o.max_tokens / data.WINDOW)
     tokens = data.prepare_data(source, tokenizer, o.vocab_size, num_windows)
     counts = tokens.meta["windows"][-1]
