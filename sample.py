@@ -8,6 +8,7 @@
 The text goes to stdout; how long it took, to stderr.
 """
 
+import lib.early  # noqa: F401 (first: it answers Ctrl-C while the others load)
 import importlib.util
 import signal
 import sys
@@ -19,7 +20,7 @@ import torch
 
 from lib import cli, hf_files, models
 from lib.decode import avoid_onednn, make_cache, make_step
-from lib.device import pick_device
+from lib.device import NO_COMPILER, has_compiler, pick_device
 from smollm import InputError, id_list, sample_token
 
 # ---- Options: the comments are their help
@@ -247,10 +248,6 @@ if __name__ == "__main__":
     cli.check_range(o, 1, 2**63, "num_samples", "max_new_tokens")
     cli.check_range(o, 0, 2**63, "seed")
     sample_token(torch.zeros(1, 1), o.temperature, o.top_k, o.top_p)  # if out of range, says so
-    try:
-        (o.prompt + (o.system or "")).encode()  # other bytes arrive as surrogates
-    except UnicodeEncodeError as error:
-        raise InputError(f"prompt and system must be UTF-8 text: {error}") from None
     sys.stdout.reconfigure(errors="replace")
     if sys.stdin is not None:
         # newline=None: a line may end with \r\n; -sig: a file may begin with a mark
@@ -267,6 +264,9 @@ if __name__ == "__main__":
         o.dtype = "float32"
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             o.dtype = "bfloat16"
+    if o.compile and not has_compiler(device):
+        print(f"{NO_COMPILER}, without torch.compile", file=sys.stderr)
+        o.compile = False
     if not o.compile:
         avoid_onednn()
     bundle = models.load(o.ckpt, device, getattr(torch, o.dtype))

@@ -7,6 +7,7 @@
     torchrun --nproc_per_node=8 train.py --gradient_accumulation_steps=64    # on eight GPUs
 """
 
+import lib.early  # noqa: F401 (first: it answers Ctrl-C while the others load)
 import copy
 import math
 import os
@@ -23,7 +24,14 @@ from tqdm import tqdm
 
 from lib import cli, models, ranks
 from lib.data import WINDOW, Source, block_at, end_of_text, get_batch, prepare_data
-from lib.device import flops_per_token, keep_freed_memory, matmul_peak, pick_dtype
+from lib.device import (
+    NO_COMPILER,
+    flops_per_token,
+    has_compiler,
+    keep_freed_memory,
+    matmul_peak,
+    pick_dtype,
+)
 from lib.muon import Muon
 from lib.run import Run, StopSignals, say
 from smollm import PRESETS, InputError, SmolLM, load_tokenizer
@@ -108,6 +116,8 @@ def parse_options() -> tuple[Options, str]:
     """The options, and a line that says where they come from. The command line is read twice:
     --model chooses the defaults, which the rest of it overrides."""
     o = cli.parse(Options, __doc__)
+    if o.init_from not in ("scratch", "resume", "stable") and o.model != Options.model:
+        raise InputError(f"model is {o.model}, but {o.init_from} brings its own: leave it out")
     if o.init_from != "scratch":
         return o, f"options: {cli.spell(cli.difference(o, Options()))}"
     if o.model not in PRESETS:
@@ -389,7 +399,11 @@ if __name__ == "__main__":
     # Speed
     keep_freed_memory()  # on a CPU: a step takes the memory of the one before it
     loss_model = Loss(model)  # what evaluates
-    if o.compile or (o.compile is None and device.type == "cuda"):
+    compiles = o.compile or (o.compile is None and device.type == "cuda")
+    if compiles and not has_compiler(device):
+        print(f"{NO_COMPILER}, without torch.compile")
+        compiles = False
+    if compiles:
         loss_model = torch.compile(loss_model, dynamic=False)  # a graph for each shape of batches
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)  # else it adds up in varying order

@@ -1,6 +1,7 @@
 """What the commands have in common: options on the command line, and errors of one line."""
 
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from typing import Annotated, get_args, get_type_hints
@@ -8,6 +9,7 @@ from typing import Annotated, get_args, get_type_hints
 import torch
 import tyro
 
+from lib import early
 from smollm import InputError
 
 
@@ -19,6 +21,8 @@ def parse(options: type, description: str, default=None):
     """The command line, as an instance of the dataclass `options`, whose comments are the help.
     What is not given has its value in `default`. From now on, errors are told in one line."""
     sys.excepthook = one_line_errors
+    if signal.getsignal(signal.SIGINT) == early.leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr is None:  # closed, as by 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     if sys.stdout is None:
@@ -27,11 +31,27 @@ def parse(options: type, description: str, default=None):
                  config=(tyro.conf.FlagConversionOff,))
     for name, kind in get_type_hints(options, include_extras=True).items():
         value = getattr(o, name)
-        is_path = any("path" in getattr(part, "__metadata__", ()) for part in
-                      (kind, *get_args(kind)))  # or one of the kinds in X | None
-        if is_path and value is not None:
+        if is_path(kind) and isinstance(value, list):
+            setattr(o, name, [os.path.expanduser(path) for path in value])
+        elif is_path(kind) and value is not None:
             setattr(o, name, os.path.expanduser(value))
+        elif isinstance(value, str):
+            check_is_utf8(name, value)
     return o
+
+
+def is_path(kind) -> bool:
+    """Whether the type of an option is HomePath, in X | None, or in a list, too."""
+    if "path" in getattr(kind, "__metadata__", ()):
+        return True
+    return any(is_path(part) for part in get_args(kind))
+
+
+def check_is_utf8(name: str, value: str):
+    try:
+        value.encode()  # other bytes arrive as surrogates
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} must be UTF-8 text: {error}") from None
 
 
 def check_range(o, low, high, *names: str):

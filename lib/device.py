@@ -1,7 +1,11 @@
 """What depends on the machine: the device, its speed, the precision that suits it, memory."""
 
 import ctypes
+import os
 import platform
+import shlex
+import shutil
+import sys
 import time
 
 import torch
@@ -23,6 +27,22 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} can't be used here: {in_one_line(error)}") from None
+
+
+NO_COMPILER = ("torch.compile finds no compiler: install g++ (on a Mac, Xcode's clang++), or name "
+               "yours in CXX and CC; going on more slowly")
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds the compiler that it needs: on a CPU of C++, and on CUDA of C."""
+    if device.type == "cpu":
+        default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        names = shlex.split(os.environ.get("CXX") or default)[:1]
+    elif device.type == "cuda":
+        names = shlex.split(os.environ.get("CC", ""))[:1] or ["gcc", "clang", "cl"]
+    else:
+        return True
+    return any(shutil.which(name) for name in names)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

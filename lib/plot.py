@@ -1,6 +1,8 @@
 """Loss curves: what metrics.jsonl holds, and its picture."""
 
 import json
+import math
+import sys
 from pathlib import Path
 
 from lib.files import write_whole
@@ -8,15 +10,34 @@ from smollm import InputError
 
 
 def read_curve(path: Path) -> list[dict]:
-    """The entries of a metrics.jsonl, one for each line. InputError if it is none."""
-    try:
-        curve = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except ValueError as error:
-        raise InputError(f"{path} is no metrics.jsonl of train.py: {error}") from None
-    for entry in curve:
-        if not isinstance(entry, dict) or "tokens" not in entry:
-            raise InputError(f"{path} is no metrics.jsonl of train.py: a line has no tokens")
+    """The entries of a metrics.jsonl, one for each line. InputError if it is none. A last line that
+    is cut, since the run was killed while it wrote, is told of and left out."""
+    text = path.read_bytes().decode("utf-8", "replace")
+    lines = text.split("\n")
+    curve = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if is_entry(entry):
+            curve.append(entry)
+        elif number == len(lines):  # no \n has come after it
+            print(f"{path}, line {number}: it is cut, and left out", file=sys.stderr)
+        else:
+            raise InputError(f"{path}, line {number}: it is no line of train.py's metrics.jsonl, a "
+                             "JSON object of numbers with tokens: take it out, or name another "
+                             "file")
     return curve
+
+
+def is_entry(entry) -> bool:
+    """Whether it is an object of finite numbers, tokens among them."""
+    if not isinstance(entry, dict) or "tokens" not in entry:
+        return False
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in entry.values())
 
 
 def plot(curves: dict[str, list[dict]], picture: Path):
@@ -30,6 +51,7 @@ def plot(curves: dict[str, list[dict]], picture: Path):
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for number, (name, curve) in enumerate(curves.items()):
         color = f"C{number}"
+        name = name.replace("$", r"\$")  # it would begin a formula
         of_run = f", {name}" if len(curves) > 1 else ""
         losses.plot(*points(curve, "loss"), color=color, alpha=0.5, linewidth=1,
                     label=f"training{of_run}")

@@ -65,7 +65,7 @@ class Run:
 
     # ---- Before the run
 
-    def claim(self, is_resumed: bool):
+    def claim(self, is_resumed: bool = False):
         """Make the folder, and lock it for as long as this process lives. InputError if a run is to
         go on there, and there is none."""
         if not self.writes:
@@ -178,7 +178,7 @@ class Run:
         losses = {entry["step"]: entry["val_loss"] for entry in self.curve if "val_loss" in entry}
         return step in losses and losses[step] == min(losses.values())
 
-    def save(self, checkpoint: dict, is_stable: bool):
+    def save(self, checkpoint: dict, is_stable: bool = False):
         """Make this the newest checkpoint; also the best one, if it is, and the stable one, if
         is_stable says so. The one before it is kept; those of another run, which this one
         overwrites, are gone once this one is there."""

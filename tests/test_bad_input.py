@@ -16,10 +16,20 @@ BAD = {  # what is said: the command
     "beta2 is 1.0": "train.py --beta2=1",
     "model 'gpt2' is no preset": "train.py --out_dir=new --model=gpt2",
     "dataset 'nowhere' does not exist": "train.py --out_dir=new --model=nano --dataset=nowhere",
-    "has no .jsonl, .md, .parquet, .py, .txt files":
+    "has no .csv, .json, .jsonl, .md, .ndjson, .parquet, .py, .tsv, .txt files":
         "train.py --out_dir=new --model=nano --dataset=empty_folder",
     "is empty or too short": "train.py --out_dir=new --model=nano --dataset=empty.txt",
-    "is not UTF-8 text": "train.py --out_dir=new --model=nano --dataset=binary.txt",
+    "binary.txt: it is not UTF-8 text": "train.py --out_dir=new --model=nano --dataset=binary.txt",
+    "has the suffix '.pt', which is none of .csv, .json":
+        "train.py --out_dir=new --model=nano --dataset=cut.pt",
+    "model is nano, but out/ckpt.pt brings its own":
+        "train.py --out_dir=new --init_from=out/ckpt.pt --model=nano",
+    "out/ckpt.pt is at step 12, where the learning rate has decayed to 0.00059":
+        "train.py --init_from=resume --max_iters=40",
+    "out/ckpt-stable.pt does not exist": "train.py --init_from=stable --max_iters=40",
+    "out: can't be read: it has no config.json: this is the folder of a run: name its ckpt.pt":
+        "train.py --out_dir=new --init_from=out",
+    "there is nothing to draw": "tools/plot.py",
     "less than a block of 99":
         "train.py --out_dir=new --model=nano --block_size=99 --dataset=short_folder",
     "block_size is 4096": "train.py --out_dir=new --model=nano --block_size=4096",
@@ -39,6 +49,7 @@ BAD = {  # what is said: the command
     "device 'abacus' can't be used": "train.py --out_dir=new --device=abacus",
     "out has a checkpoint: go on from it with --init_from=resume": "train.py --model=nano",
     "other/ckpt.pt: can't be read": "train.py --init_from=resume --out_dir=other",
+    "no/ckpt.pt: can't be read": "train.py --init_from=stable --out_dir=no",
     "out/nothing.pt: can't be read": "sample.py --ckpt=out/nothing.pt",
     "cut.pt: can't be read": "sample.py --ckpt=cut.pt",
     "empty_folder: can't be read": "sample.py --ckpt=empty_folder",

@@ -1,13 +1,20 @@
 """The folder of a run: its lock, its checkpoints, signals, and what it says in figures."""
 
+import errno
+import functools
+import json
 import math
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from fcntl import ioctl
 from pathlib import Path
+from stat import S_ISDIR
+from termios import TIOCSCTTY
 
 import matplotlib.image
 import pytest
@@ -15,6 +22,7 @@ import torch
 
 from lib.plot import plot, read_curve
 from lib.run import Run, load_checkpoint
+from smollm import InputError
 from test_smollm import make
 from tests.helpers import (
     ROOT,
@@ -80,8 +88,10 @@ def test_a_run_that_starts_over_leaves_no_checkpoint_of_the_other(writer):
 
 class Syncs:
     """Watches os.fsync and os.replace, and knows of each file that gets its name by os.replace
-    whether all that was written to it had been synced."""
+    whether all that was written to it had been synced; and of each folder, whether it was synced
+    after its last os.replace."""
     def __init__(self, monkeypatch):
+        self.unsynced_folders = set()  # where a file got a name since
         self.synced = {}  # what a file had in it when it was synced, by its number
         self.unsynced = {}  # the files that had more in them, or other, by the name that they got
         fsync = os.fsync
@@ -90,11 +100,15 @@ class Syncs:
         def watched_fsync(descriptor):
             fsync(descriptor)
             stat = os.fstat(descriptor)
+            if S_ISDIR(stat.st_mode):
+                self.unsynced_folders.discard(stat.st_ino)
+                return
             self.synced[stat.st_ino] = os.pread(descriptor, stat.st_size, 0)
 
         def watched_replace(source, target):
             self.unsynced[Path(target).name] = self.not_synced(Path(source), Path(target))
             rename(source, target)
+            self.unsynced_folders.add(Path(target).parent.stat().st_ino)
 
         monkeypatch.setattr(os, "fsync", watched_fsync)
         monkeypatch.setattr(os, "replace", watched_replace)
@@ -119,6 +133,26 @@ def test_checkpoint_and_picture_are_synced_before_they_get_their_names(writer, s
     for step in (1, 2):
         writer.save({"step": step, "weights": torch.ones(1000)})
     assert syncs.unsynced == {"ckpt.pt": [], "ckpt-previous.pt": [], "loss.png": []}
+    assert syncs.unsynced_folders == set()
+
+
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "copies"])
+def test_the_best_and_the_stable_checkpoint_are_synced_before_they_get_their_names(
+        has_links, writer, syncs, monkeypatch):
+    """They are other names of ckpt.pt, or, on a file system without these, copies."""
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    writer.log(step=1, tokens=128, val_loss=2.0)
+    writer.save({"step": 1, "weights": torch.ones(1000)}, is_stable=True)
+    assert syncs.unsynced == {"ckpt.pt": [], "ckpt-best.pt": [], "ckpt-stable.pt": [],
+                              "loss.png": []}
+    assert syncs.unsynced_folders == set()
+    numbers = {path.stat().st_ino for path in writer.folder.glob("*.pt")}
+    assert len(numbers) == (1 if has_links else 3)
+
+
+def no_links(source, target):
+    raise OSError(errno.EPERM, "Operation not permitted")
 
 
 def test_tokens_and_tokenizer_are_synced_before_they_are_told_of(
@@ -126,7 +160,8 @@ def test_tokens_and_tokenizer_are_synced_before_they_are_told_of(
     monkeypatch.setattr("lib.data.WINDOW", 50_000)
     folder = prepare(corpus, None, num_windows=3, vocab_size=400).folder
     [tokenizer] = here.glob("data/*.json")
-    assert syncs.unsynced == {tokenizer.name: [], "meta.json": []}
+    assert syncs.unsynced == {tokenizer.name: [], "meta.json": [], "digests": []}
+    assert syncs.unsynced_folders == set()
     assert (folder / "train.bin").stat().st_size > 2 * 3 * 50_000
 
 
@@ -136,11 +171,13 @@ def test_a_converted_model_is_synced_before_it_gets_its_name(
     write_model(tmp_path / name, make(TINY_1000), tokenizer,
                 {"chat_template.jinja": "{{ messages }}"})
     assert syncs.unsynced == {name: []}
+    assert syncs.unsynced_folders == set()
 
 
 def test_a_picture_is_synced_before_it_gets_its_name(tmp_path, syncs):
     plot({"a": [{"tokens": 1, "loss": 2.0}]}, tmp_path / "a.svg")
     assert syncs.unsynced == {"a.svg": []}
+    assert syncs.unsynced_folders == set()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(steady, tmp_path):
@@ -244,6 +281,46 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save(signum, trained, corpus, tm
     assert done | losses_of(resumed.stdout) == whole
 
 
+def test_a_run_whose_terminal_is_closed_finishes_the_step_and_saves(trained, corpus, tmp_path):
+    """As when a window is closed, or a connection breaks: SIGHUP, and nothing can be printed."""
+    whole = losses_of((trained / "log.txt").read_text())
+    master, terminal = pty.openpty()
+    command = [sys.executable, ROOT / "train.py", *SMALL, f"--dataset={corpus}",
+               "--eval_interval=1000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=terminal, stdout=terminal,
+                               stderr=terminal, start_new_session=True,
+                               preexec_fn=lambda: ioctl(0, TIOCSCTTY, 0))
+    os.close(terminal)
+    printed = b""
+    while b"step 3 |" not in printed:
+        printed += os.read(master, 4096)
+    os.close(master)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    step = load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"]
+    assert 3 <= step < 12
+    resumed = run(tmp_path, "train.py", "--init_from=resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses_of(resumed.stdout) == {
+        number: loss for number, loss in whole.items() if number > step}
+
+
+def ignore(*numbers: int):
+    """In a process: as under nohup."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def test_signals_that_were_ignored_at_the_start_stay_ignored(corpus, tmp_path):
+    script = Script(tmp_path, "train.py", *SMALL, f"--dataset={corpus}",
+                    before=functools.partial(ignore, signal.SIGHUP, signal.SIGINT))
+    script.wait_for("step 3 |")
+    os.kill(script.process.pid, signal.SIGHUP)
+    os.kill(script.process.pid, signal.SIGINT)
+    result = script.wait()
+    assert result.returncode == 0, result.stderr
+    assert max(losses_of(result.stdout)) == 12
+
+
 def test_a_second_signal_leaves_at_once(corpus, tmp_path):
     script = Script(tmp_path, "train.py", *SMALL, f"--dataset={corpus}",
                     "--gradient_accumulation_steps=1000")
@@ -318,8 +395,55 @@ def test_curves_of_several_runs_are_laid_over_each_other(steady, tmp_path):
     picture = matplotlib.image.imread(tmp_path / "both.png")
     second_colour = (picture[..., :3] * 255).round() == (255, 127, 14)
     assert second_colour.all(-1).sum() > 200
-    (tmp_path / "a.jsonl").write_text('{"step": 1}\n')
-    refused = run(tmp_path, "tools/plot.py", "a.jsonl")
+
+
+LINE = '{"step": 2, "tokens": 4, "loss": 2.5}\n'
+REFUSED = {  # what is no metrics.jsonl, and where
+    "no tokens": (LINE + '{"step": 1}\n', "line 2"),
+    "cut amid the file": (LINE + '{"st\n' + LINE, "line 2"),
+    "NaN": ('\n{"tokens": 1, "loss": NaN}\n', "line 2"),
+    "a string": ('{"tokens": "1"}\n', "line 1"),
+    "an array": ("[1]\n", "line 1"),
+    "not UTF-8": (LINE + "\udcff\n", "line 2"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_metrics_jsonl_is_refused_by_line(what, tmp_path):
+    text, place = REFUSED[what]
+    (tmp_path / "a.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=f"a.jsonl, {place}: it is no line of"):
+        read_curve(tmp_path / "a.jsonl")
+
+
+def test_blank_lines_and_a_cut_last_one_are_left_out_of_a_curve(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(LINE + "\n \n" + LINE + '{"step": 3, "tok')
+    assert read_curve(tmp_path / "a.jsonl") == [json.loads(LINE)] * 2
+    assert capsys.readouterr().err.endswith("a.jsonl, line 5: it is cut, and left out\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["empty.jsonl"]], ids=["no file", "an empty one"])
+def test_a_picture_of_nothing_is_refused(arguments, tmp_path):
+    (tmp_path / "loss.png").write_bytes(b"of before")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    refused = run(tmp_path, "tools/plot.py", *arguments)
     assert refused.returncode == 1
-    assert refused.stderr == ("error: a.jsonl is no metrics.jsonl of train.py: a line has no "
-                              "tokens\n")
+    assert refused.stderr.startswith("error: ")
+    assert "to draw" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert (tmp_path / "loss.png").read_bytes() == b"of before"
+
+
+def test_dollars_in_the_name_of_a_run_are_drawn_as_they_are(tmp_path):
+    curve = [json.loads(LINE)]
+    plot({"a$b$": curve, "$\\frac": curve}, tmp_path / "a.svg")
+    picture = (tmp_path / "a.svg").read_text()
+    for name in ("training, a$b$", "training, $\\frac"):
+        assert f"<!-- {name} -->" in picture.replace("\\$", "$")
+
+
+def test_a_home_folder_is_found_in_each_path_of_a_list(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINE)
+    result = run(tmp_path, "tools/plot.py", "~/a.jsonl", "--picture=~/a.png", HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a.png").exists()

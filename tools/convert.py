@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lib.early  # noqa: F401 (first: it answers Ctrl-C while the others load)
 from tyro.conf import Positional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import cli, models
 from smollm import InputError
 

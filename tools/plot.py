@@ -9,9 +9,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lib.early  # noqa: F401 (first: it answers Ctrl-C while the others load)
 from tyro.conf import Positional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import cli
 from lib.plot import plot, read_curve
 from smollm import InputError
@@ -19,7 +20,7 @@ from smollm import InputError
 
 @dataclass
 class Options:
-    metrics: Positional[list[str]]  # metrics.jsonl files of train.py
+    metrics: Positional[list[cli.HomePath]]  # metrics.jsonl files of train.py
     picture: cli.HomePath = "loss.png"
 
 
@@ -27,4 +28,10 @@ if __name__ == "__main__":
     o = cli.parse(Options, __doc__)
     if Path(o.picture).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"picture is {o.picture}, it must end in .png, .svg or .pdf")
-    plot({name: read_curve(Path(name)) for name in o.metrics}, Path(o.picture))
+    if not o.metrics:
+        raise InputError("there is nothing to draw: name metrics.jsonl files of train.py, as "
+                         "out/metrics.jsonl")
+    curves = {name: read_curve(Path(name)) for name in o.metrics}
+    if not any(curves.values()):
+        raise InputError(f"{', '.join(o.metrics)}: there is nothing in it to draw")
+    plot(curves, Path(o.picture))

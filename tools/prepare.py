@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lib.early  # noqa: F401 (first: it answers Ctrl-C while the others load)
 from lib import cli, data
 from smollm import load_tokenizer
 
