@@ -67,10 +67,18 @@ def start_training(cwd, *options: str, world_size=1, before=None,
     """Runs of train.py; several ranks as torchrun starts them."""
     if world_size == 1:
         return [Script(cwd, "train.py", *options, before=before, **environment)]
-    where = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-             "OMP_NUM_THREADS": "1"}
-    return [Script(cwd, "train.py", *options, before=before, **where, RANK=str(rank),
-                   LOCAL_RANK=str(rank)) for rank in range(world_size)]
+    return start_ranks([cwd] * world_size, [options] * world_size, before)
+
+
+def start_ranks(folders: list, options: list, before=None) -> list[Script]:
+    """A rank of train.py in each folder, with its options, all on one machine."""
+    where = {"WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    scripts = []
+    for rank, folder in enumerate(folders):
+        scripts.append(Script(folder, "train.py", *options[rank], before=before, **where,
+                              RANK=str(rank), LOCAL_RANK=str(rank)))
+    return scripts
 
 
 def finish(scripts: list[Script]) -> subprocess.CompletedProcess:

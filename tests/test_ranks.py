@@ -6,15 +6,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from lib import data
+from lib.data import train_tokenizer
 from lib.run import load_checkpoint
+from smollm import load_tokenizer
 from test_smollm import TINY, ids_of, make
-from tests.helpers import ROOT, STEADY, free_port, losses_in, train_here
+from tests.helpers import (
+    ROOT,
+    STEADY,
+    finish,
+    free_port,
+    losses_in,
+    start_ranks,
+    start_training,
+    train_here,
+    write_tiny,
+)
 
 
 def test_two_ranks_give_the_losses_of_one(tiny, corpus, tmp_path):
@@ -36,6 +50,103 @@ def test_two_ranks_give_the_losses_of_one(tiny, corpus, tmp_path):
     os.replace(out / "ckpt-previous.pt", out / "ckpt.pt")  # of step 10
     train_here(begun_alone, "--init_from=resume", world_size=2)
     assert losses_in(begun_alone) == pytest.approx(losses[1], rel=1e-5)
+
+
+# ---- All hold the same, or none trains
+
+
+def write_place(folder: Path, tokenizer, text: str, **changes):
+    """A folder as one of several machines might have it: a text, a tokenizer and a model."""
+    folder.mkdir()
+    (folder / "text.txt").write_text(text)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tiny(folder / "model.pt", tokenizer, **changes)
+
+
+SCRATCH = (*STEADY, "--dtype=float32", "--dataset=text.txt", "--max_iters=4", "--warmup_iters=0",
+           "--gradient_accumulation_steps=2", "--model=nano")
+FROM_MODEL = (*SCRATCH[:-1], "--init_from=model.pt")
+TEXT = "a line of the text\n" * 3000
+OTHER_TEXT = "a line of the next\n" * 3000  # as long
+
+
+def without(place: Path):
+    (place / "text.txt").unlink()
+
+
+def with_other_text(place: Path):
+    (place / "text.txt").write_text(OTHER_TEXT)
+
+
+def with_other_tokenizer(place: Path):
+    train_tokenizer([TEXT], 500).save(str(place / "tokenizer.json"))
+
+
+def with_other_model(place: Path):
+    write_tiny(place / "model.pt", load_tokenizer(place / "tokenizer.json"), rms_norm_eps=1e-3)
+
+
+# what rank 1 has otherwise: its change, the options of both and those of rank 1, what is said
+DIFFERENT = {
+    "text": (with_other_text, FROM_MODEL, [], "rank 1 differs from rank 0 in the tokens of the"),
+    "text and so its tokenizer": (
+        with_other_text, SCRATCH, [], "in the tokens of the text, the tokenizer: give all ranks"),
+    "no text": (without, FROM_MODEL, [], "rank 1: dataset 'text.txt' does not exist"),
+    "tokenizer": (with_other_tokenizer, (*SCRATCH, "--tokenizer=tokenizer.json"), [],
+                  "rank 1 differs from rank 0 in the tokens of the text, the tokenizer"),
+    "config": (with_other_model, FROM_MODEL, [], "rank 1 differs from rank 0 in the model's conf"),
+    "batch": (None, FROM_MODEL, ["--batch_size=2"], "rank 1 differs from rank 0 in --batch_size"),
+    "steps": (None, FROM_MODEL, ["--max_iters=5"], "rank 1 differs from rank 0 in --max_iters"),
+    "nothing": (None, FROM_MODEL, [], None),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_hold_different_things_do_not_train(what, tokenizer, tmp_path):
+    """Each has a folder of its own, as where data/ is not shared."""
+    change, options, more_options, said = DIFFERENT[what]
+    places = [tmp_path / "0", tmp_path / "1"]
+    for place in places:
+        write_place(place, tokenizer, TEXT)
+    if change:
+        change(places[1])
+    scripts = start_ranks(places, [options, (*options, *more_options)])
+    results = [script.wait(60) for script in scripts]
+    if said is None:
+        assert [result.returncode for result in results] == [0, 0], results
+        assert len(losses_in(places[0])) == 4
+        return
+    for rank, result in enumerate(results):
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(f"[rank{rank}]: error: rank 1")  # torch names the rank
+        assert said in result.stderr
+    assert not (places[0] / "out" / "ckpt.pt").exists()
+
+
+def pause_before_data():
+    """In a process: the first rank waits before it prepares, the others say that they do."""
+    prepare = data.prepare_data
+
+    def paused(*arguments):
+        print(f"rank {os.environ['RANK']} prepares", file=sys.stderr, flush=True)
+        while os.environ["RANK"] == "0" and not Path("go on").exists():
+            time.sleep(0.01)
+        return prepare(*arguments)
+
+    data.prepare_data = paused
+
+
+def test_the_first_rank_of_a_machine_prepares_and_the_others_wait(tiny, corpus, tmp_path):
+    options = (*STEADY, "--dtype=float32", "--gradient_accumulation_steps=2", "--max_iters=4",
+               f"--dataset={corpus}", f"--init_from={tiny}")
+    first, second = start_training(tmp_path, *options, world_size=2, before=pause_before_data)
+    first.wait_for("rank 0 prepares")
+    time.sleep(1)
+    assert "prepares" not in second.err
+    (tmp_path / "go on").touch()
+    second.wait_for("rank 1 prepares")
+    finish([first, second])
 
 
 RANK = """

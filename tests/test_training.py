@@ -273,10 +273,10 @@ def test_checkpoints_of_earlier_versions_have_these_options():
     assert names == {
         "out_dir", "overwrite", "init_from", "model", "dataset", "dataset_config", "text_column",
         "encoding_errors", "separator", "max_tokens", "tokenizer", "block_size", "batch_size",
-        "gradient_accumulation_steps", "optimizer", "max_iters", "learning_rate", "embedding_lr_scale", "schedule",
-        "warmup_iters", "decay_iters", "weight_decay", "beta1", "beta2", "grad_clip",
-        "eval_interval", "eval_iters", "log_interval", "sample_prompt", "seed", "device", "dtype",
-        "compile", "overfit"}
+        "gradient_accumulation_steps", "optimizer", "max_iters", "learning_rate",
+        "embedding_lr_scale", "schedule", "warmup_iters", "decay_iters", "weight_decay", "beta1",
+        "beta2", "grad_clip", "eval_interval", "eval_iters", "log_interval", "sample_prompt",
+        "seed", "device", "dtype", "compile", "overfit"}
     assert names > RESUMABLE
 
 
