@@ -27,6 +27,7 @@ from lib.cli import reading
 from lib.documents import (
     File,
     Source,
+    Tally,
     describe,
     find_files,
     hub_parts,
@@ -296,9 +297,11 @@ def prepare_data(source: Source, tokenizer: Tokenizer | None, vocab_size: int,
         if len(meta["windows"]) < num_windows and not meta["ended"]:
             streams = open_streams(source, files)
             add_windows(folder, meta, streams, tokenizer, num_windows)
+            tally = Tally()
             for _, stream in streams:
-                print("\n".join(stream.tally.lines(source)))
-                reasons += stream.tally.reasons()
+                tally.add(stream.tally)
+            print("\n".join(tally.lines(source)))
+            reasons = tally.reasons()
             if identity_of(source, files) != identity:
                 problem = "has changed while it was read: try again"
         counts = meta["windows"][-1]

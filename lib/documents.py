@@ -240,6 +240,13 @@ class Tally:
     left_out: dict = field(default_factory=dict)  # a file's name: why
     separated: dict = field(default_factory=dict)  # a file's name, if it has lines of END_OF_TEXT
 
+    def add(self, other: "Tally"):
+        self.documents += other.documents
+        self.without_text += other.without_text
+        self.not_utf8 |= other.not_utf8
+        self.left_out |= other.left_out
+        self.separated |= other.separated
+
     def lines(self, source: Source) -> list[str]:
         """What to say of it."""
         kinds = [f"{count:,} of {kind}" for kind, count in sorted(self.documents.items())]
@@ -662,7 +669,8 @@ class HubStream:
                     texts.append(text)
                 else:
                     self.tally.without_text += 1
-        self.tally.documents[self.file.name] += len(texts)
+        if texts:
+            self.tally.documents[self.file.name] += len(texts)
         return texts
 
     def state(self) -> dict:

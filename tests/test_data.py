@@ -1,8 +1,16 @@
 """Text to tokens to batches: lib/data.py and tools/prepare.py."""
 
+import errno
+import fcntl
 import functools
+import hashlib
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +20,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from lib import data
+from lib import bpe, data, documents, files
 from lib.data import SPECIAL_TOKENS, block_at, get_batch
 from smollm import InputError
-from tests.helpers import prepare, run, tokens_in, write_jsonl, write_parquet
+from tests.helpers import ROOT, prepare, run, tokens_in, write_jsonl, write_parquet
 from tests.launch import Script
 
 
@@ -36,16 +44,19 @@ def test_tokenizer_has_special_tokens_first_and_digits_one_by_one(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_documents_are_packed_with_eos_and_the_first_of_200_is_held_out(tokenizer, here):
+def test_documents_are_packed_with_eos_and_one_of_200_is_held_out(tokenizer, here):
+    """Which one is drawn: as any order may be that of the files, the first would not do."""
     texts = [f"document {i}: {'x' * (i % 7)} <|im_end|> is a special token" for i in range(401)]
     write_parquet(here / "texts.parquet", texts)
     tokens = prepare("texts.parquet", tokenizer)
-    held_out = texts[::200]
-    trained_on = [text for i, text in enumerate(texts) if i % 200]
-    counts = {"val_bytes": sum(map(len, held_out))}
+    places = [98, 200 + 34, 400]  # random.Random(0, 1, 2).randrange(200, 200, 1)
+    held_out = [texts[place] for place in places]
+    trained_on = [text for i, text in enumerate(texts) if i not in places]
+    counts = {"val_bytes": sum(map(len, held_out)), "batches": 3}
     for split, expected in (("val", held_out), ("train", trained_on)):
         ids = tokens_in(tokens.folder, split)
         counts[split] = len(ids)
+        counts[f"{split}_sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
         assert np.array_equal(tokens.read(split, 1), ids)
         assert ids.dtype == np.uint16
         assert documents_in(tokens.folder, split, tokenizer) == expected
@@ -80,44 +91,10 @@ def test_a_folder_may_have_files_of_all_kinds(tokenizer, here):
 
 def test_a_large_vocabulary_is_stored_as_uint32(here):
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 70000)}
-    write_jsonl(here / "a.jsonl", ["w3", "w69999"])
+    write_jsonl(here / "a.jsonl", ["w69999", "w3"])
     tokens = prepare("a.jsonl", Tokenizer(WordLevel(words, unk_token="w1")))
     assert tokens.meta["dtype"] == "uint32"
     assert tokens_in(tokens.folder, "train").tolist() == [69999, 0]
-
-
-def test_a_file_that_is_cut_into_documents_loses_nothing(tmp_path):
-    lines = "".join(f"line {i} of the bóok\n" for i in range(9000)) + "no end of line"
-    one_line = "one line of text8 " * 10000
-    for text in (lines, one_line):
-        (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-        rows = data.read_texts([tmp_path / "book.txt"], "text", True)
-        documents = [row["text"] for row in rows]
-        assert "".join(documents) == text
-        assert len(documents) > 5
-        assert all(16000 <= len(document) <= 32000 for document in documents[:-1])
-        if text is lines:
-            assert all(document.endswith("\n") for document in documents[:-1])
-
-
-def test_files_that_are_not_utf_8_are_announced_once_in_one_line(tmp_path):
-    """As those of the standard library are, when a newcomer's first run trains a tokenizer and
-    then tokenizes."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(300):
-        (folder / f"{i}.txt").write_text(f"{i} bottles of beer\n" * 50)
-    for i in range(4):
-        (folder / f"latin{i}.txt").write_bytes("a naïve text\n".encode("latin-1") * 50)
-    result = run(tmp_path, "tools/prepare.py", "--dataset=texts", "--vocab_size=300")
-    assert result.returncode == 0, result.stderr
-    said = (result.stdout + result.stderr).splitlines()
-    announced = [line for line in said if "UTF-8" in line]
-    assert announced == ["4 of 304 files are not UTF-8 text, and were left out from the first such "
-                         "byte on: latin0.txt, latin1.txt, latin2.txt, latin3.txt"]
-    assert not any("latin" in line for line in said if line not in announced)
-    again = run(tmp_path, "tools/prepare.py", "--dataset=texts", "--vocab_size=300")
-    assert "UTF-8" not in again.stdout + again.stderr
 
 
 # ---- Prepared once, and by one
@@ -166,7 +143,7 @@ def pause_in_preparation(at: int):
 
 def make_small_windows():
     data.WINDOW = 5000
-    data.BATCH = 20
+    documents.ROWS = 20
 
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["the tokenizer", "window 1", "window 2"])
@@ -196,6 +173,145 @@ def test_two_processes_that_prepare_at_once_make_what_one_makes(at, corpus, tmp_
     for path in (together / "data").rglob("*.*"):
         if path.suffix != ".lock":
             assert path.read_bytes() == expected[path.name], path.name
+
+
+# what is done to a folder whose text stays the same; then nothing is prepared anew
+SAME_TEXT = {
+    "touched": lambda here: (here / "texts" / "a.txt").touch(),
+    "copied": lambda here: shutil.copytree(here / "texts", here / "texts", dirs_exist_ok=True,
+                                           copy_function=copy_anew),
+    "under another path": lambda here: (here / "elsewhere").symlink_to(here),
+}
+
+
+def copy_anew(source, target):
+    text = Path(source).read_bytes()
+    Path(target).unlink()
+    Path(target).write_bytes(text)
+
+
+@pytest.mark.parametrize("how", SAME_TEXT)
+def test_the_same_text_is_prepared_once(how, here, tokenizer):
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text("a line of a book\n" * 3000)
+    folder = prepare("texts", tokenizer).folder
+    made = state_of(folder)
+    SAME_TEXT[how](here)
+    for spelling in ("texts", "./texts/", str(here / "texts"), str(here / "elsewhere" / "texts")):
+        if Path(spelling).exists():
+            assert prepare(spelling, tokenizer).folder == folder
+    assert state_of(folder) == made
+
+
+def test_text_of_the_same_size_and_time_is_prepared_anew_if_it_is_other_text(here, tokenizer):
+    path = here / "a.txt"
+    path.write_text("0123456789" * 5000)
+    stat = path.stat()
+    before = prepare("a.txt", tokenizer)
+    path.write_text("0123456798" * 5000)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = prepare("a.txt", tokenizer)
+    assert after.folder != before.folder
+    assert after.meta["windows"][0]["train"] == before.meta["windows"][0]["train"]
+
+
+def test_text_that_changes_while_it_is_read_is_refused(shards, tokenizer, here, monkeypatch):
+    add_windows = data.add_windows
+
+    def disturbed(*arguments):
+        add_windows(*arguments)
+        (shards / "book.txt").write_text("another book\n" * 3000)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "add_windows", disturbed)
+        with pytest.raises(InputError, match="has changed while it was read: try again"):
+            prepare(shards, tokenizer, 2)
+    prepare(shards, tokenizer, 2)
+
+
+# ---- Where locks don't lock
+
+
+def without_flock():
+    """In a process: a lock of the system's may be had by all, as on Lustre and GPFS."""
+    make_small_windows()
+    fcntl.flock = lambda descriptor, operation: None
+
+
+def test_two_processes_that_prepare_at_once_make_what_one_makes_where_flock_does_nothing(
+        corpus, tmp_path):
+    options = ("tools/prepare.py", f"--dataset={corpus}", "--vocab_size=400",
+               "--max_tokens=100_000")
+    found = []
+    for name, count in (("alone", 1), ("together", 2)):
+        (tmp_path / name).mkdir()
+        scripts = [Script(tmp_path / name, *options, before=without_flock) for _ in range(count)]
+        for script in scripts:
+            result = script.wait()
+            assert result.returncode == 0, result.stderr
+        assert not list(tmp_path.glob(f"{name}/data/*.claim"))
+        [folder] = tmp_path.glob(f"{name}/data/*/")
+        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_line(number, here, tokenizer, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    (here / "a.txt").write_text("a line of a book\n" * 3000)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InputError, match=r"data/digests.lock can't be locked.*another file sys"):
+        prepare("a.txt", tokenizer)
+
+
+def test_a_claim_ends_with_its_process_or_when_it_is_not_renewed(here, monkeypatch, capsys):
+    """That of a process of this machine at once; of another machine, when it gives no sign."""
+    monkeypatch.setattr(files, "CLAIM_SECONDS", 0.5)
+    claim = here / "x.lock.claim"
+    held = files.lock(here / "x.lock", "taken")
+    text = claim.read_text()
+    held.close()
+    assert not claim.exists()
+    claim.write_text(text.replace(f"pid={os.getpid()}", "pid=999999999"))
+    files.lock(here / "x.lock", "taken").close()
+    assert capsys.readouterr().err == ""
+    claim.write_text(re.sub("host=.*", "host=elsewhere", text))
+    files.lock(here / "x.lock", "taken").close()
+    assert "taken: " in capsys.readouterr().err
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: None)
+    held = files.lock(here / "x.lock", "taken")
+    with pytest.raises(InputError, match="taken"):  # its process lives, and renews it
+        files.lock(here / "x.lock", "taken")
+    held.close()
+
+
+def test_tokens_that_other_processes_wrote_as_well_are_found_out(shards, tokenizer, monkeypatch):
+    """As if two had written at once in spite of all."""
+    write_windows = data.write_windows
+
+    def write_twice(folder, *arguments):
+        write_windows(folder, *arguments)
+        path = folder / "train.bin"
+        path.write_bytes(path.read_bytes()[:3000][::-1] + path.read_bytes()[2000:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_windows", write_twice)
+        with pytest.raises(InputError, match="does not hold the tokens that were written: delete"):
+            prepare(shards, tokenizer, 2)
+    with pytest.raises(InputError, match="does not hold the tokens that were written: delete"):
+        prepare(shards, tokenizer, 2)
+
+
+def test_a_bit_that_flips_in_the_tokens_is_found_when_they_are_added_to(shards, tokenizer):
+    folder = prepare(shards, tokenizer, 2).folder
+    tokens = bytearray((folder / "train.bin").read_bytes())
+    tokens[100] ^= 1
+    (folder / "train.bin").write_bytes(tokens)
+    with pytest.raises(InputError, match="does not hold the tokens that were written: delete"):
+        prepare(shards, tokenizer, 3)
 
 
 @pytest.fixture
@@ -237,7 +353,7 @@ def test_all_of_a_dataset_is_read_once(shards, tokenizer, here, monkeypatch):
     tokens = prepare(shards, tokenizer, 1000)
     assert tokens.meta["ended"]
     made = state_of(here / "data")
-    monkeypatch.setattr(data, "open_streams", None)  # all is there: nothing is opened
+    monkeypatch.setattr(data, "open_streams", None)  # all is there: no document is read
     prepare(shards, tokenizer, 1000)
     assert state_of(here / "data") == made
 
@@ -262,7 +378,7 @@ def test_parts_of_a_mixture_keep_their_proportion(tokenizer, here, monkeypatch):
         texts = [f"{name} {i}" + " words" * length for i in range(20000)]
         write_parquet(here / name / "a.parquet", texts)
         parts.append((share, str(here / name), None))
-    monkeypatch.setitem(data.HUB, "mixture", parts)
+    monkeypatch.setitem(documents.HUB, "mixture", parts)
     monkeypatch.setattr(data, "WINDOW", 50000)
     tokens = prepare("mixture", tokenizer, 6)
     sizes = tokens.meta["sizes"]
@@ -272,6 +388,81 @@ def test_parts_of_a_mixture_keep_their_proportion(tokenizer, here, monkeypatch):
     for part in (ids[:half], ids[half:]):
         text = tokenizer.decode(part)
         assert text.count("long") > 0 < text.count("short")
+
+
+@pytest.mark.parametrize("shares", [(0.70, 0.15), (0.5, 0.3, 0.2)], ids=["two", "three"])
+def test_a_mixture_that_is_prepared_in_parts_is_what_is_prepared_at_once(
+        shares, tokenizer, here, monkeypatch):
+    """Windows are smaller than a batch of one part, so that there are windows in which a part is
+    not read."""
+    parts = []
+    for number, share in enumerate(shares):
+        (here / str(number)).mkdir()
+        texts = [f"part {number} document {i}" + " words" * (i % 9) for i in range(1500)]
+        write_parquet(here / str(number) / "a.parquet", texts)
+        parts.append((share, str(here / str(number)), None))
+    monkeypatch.setitem(documents.HUB, "mixture", parts)
+    monkeypatch.setattr(data, "WINDOW", 3000)
+    whole = prepare("mixture", tokenizer, 1000)
+    assert whole.meta["ended"]
+    expected = {path.name: path.read_bytes() for path in whole.folder.glob("*.bin")}
+    shutil.rmtree(here / "data")
+    for num_windows in range(1, len(whole.meta["windows"]) + 2):
+        folder = prepare("mixture", tokenizer, num_windows).folder
+    for name, content in expected.items():
+        assert (folder / name).read_bytes() == content, name
+    assert json.loads((folder / "meta.json").read_text())["windows"] == whole.meta["windows"]
+    found = documents_in(folder, "train", tokenizer) + documents_in(folder, "val", tokenizer)
+    assert len(found) == len(set(found)) > 1500
+    for number in range(len(shares)):  # each part from its beginning, without a gap
+        of_part = [document for document in found if document.startswith(f"part {number} ")]
+        numbers = sorted(int(document.split()[3]) for document in of_part)
+        assert numbers == list(range(len(numbers)))
+
+
+# ---- A tokenizer is trained
+
+
+def test_long_words_are_cut_for_the_training_of_a_tokenizer_alone():
+    """A language without spaces would take hours."""
+    text = "天地玄黄宇宙洪荒日月盈昃辰宿列张" * 1000
+    pieces = bpe.split_long_words(f"a word {text} and more")
+    assert "".join(pieces) == f"a word {text} and more"
+    assert max(len(word) for piece in pieces for word in piece.split()) == bpe.LONGEST_WORD
+    assert bpe.split_long_words("short words, of any number " * 100) == [
+        "short words, of any number " * 100]
+    tokenizer = data.train_tokenizer([text], 400)
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert "\0" not in tokenizer.to_str()
+
+
+SLOW = """
+import time
+from tokenizers import Tokenizer
+def train_slowly(self, texts, trainer):
+    list(texts)
+    print("training", flush=True, file=__import__("sys").stderr)
+    time.sleep(1000)
+Tokenizer.train_from_iterator = train_slowly
+"""
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer(here):
+    """The library that does it hears no signal; the process that it has does."""
+    (here / "a.txt").write_text("a line of a book\n" * 3000)
+    (here / "sitecustomize.py").write_text(SLOW)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "prepare.py", "--dataset=a.txt", "--vocab_size=400"],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(here)})
+    assert process.stderr.readline() == "training\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stderr.read() == "error: interrupted\n"
+    process.wait(10)
+    with pytest.raises(ProcessLookupError):  # none of its group is left
+        os.killpg(process.pid, 0)
+    (here / "sitecustomize.py").unlink()
+    assert run(here, "tools/prepare.py", "--dataset=a.txt", "--vocab_size=400").returncode == 0
 
 
 # ---- Batches
@@ -308,6 +499,12 @@ def test_prepare_tells_what_there_is(corpus, tmp_path):
     assert result.returncode == 0, result.stderr
     [meta] = tmp_path.glob("data/*/meta.json")
     counts = json.loads(meta.read_text())["windows"][-1]
-    assert result.stdout == (
+    size = sum(path.stat().st_size for path in corpus.iterdir())
+    num_documents = sum(np.fromfile(path, np.uint16).tolist().count(0)
+                        for path in meta.parent.glob("*.bin"))
+    assert result.stdout.splitlines() == [
+        f"dataset {corpus}: 30 .py files ({size / 1e6:.1f} MB)",
+        f"read {num_documents} documents: {num_documents} of .py",
         f"{meta.parent.relative_to(tmp_path)}: {counts['train']:,} tokens to train on, "
-        f"{counts['val']:,} held out\nthat is all of the dataset\n")
+        f"{counts['val']:,} held out",
+        "that is all of the dataset"]
