@@ -9,7 +9,6 @@ batches out of the files, in an order that block_at fixes.
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
 from contextlib import ExitStack, closing, suppress
@@ -67,9 +66,10 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
 def first_texts(streams: list[tuple], characters: int = 50_000_000):
     """Yields the texts that a tokenizer is trained on."""
     sizes = [0] * len(streams)
-    for i, texts in read_batches(streams, sizes):
-        yield from texts
-        sizes[i] += sum(len(text) for text in texts)
+    for i, documents in read_batches(streams, sizes):
+        for document in documents:
+            yield document.text
+            sizes[i] += len(document.text)
         if sum(sizes) > characters:
             return
 
@@ -97,12 +97,10 @@ def write_windows(folder: Path, meta: dict, streams: list[tuple], tokenizer: Tok
                   num_windows: int):
     """Append to folder's train.bin and val.bin until there are so many windows, or a stream ends.
 
-    Documents are packed end to end, with eos after each; one of a batch, drawn from a seed, is held
-    out. What they say of special tokens is encoded as text. meta, the contents of meta.json, says
-    what is there, and where the streams go on.
+    Documents are packed end to end, with eos after each. What they say of special tokens is encoded
+    as text. meta, the contents of meta.json, says what is there, and where the streams go on.
     """
-    # tokens, the bytes of the held-out text, and the batches of documents, from the beginning
-    counts = {"train": 0, "val": 0, "val_bytes": 0, "batches": 0}
+    counts = {"train": 0, "val": 0, "val_bytes": 0}  # tokens, and the bytes of the held-out text
     if meta["windows"]:
         counts = dict(meta["windows"][-1])
     hashes = {"train": hashlib.sha256(), "val": hashlib.sha256()}  # of this window's tokens
@@ -119,20 +117,19 @@ def write_windows(folder: Path, meta: dict, streams: list[tuple], tokenizer: Tok
         bar = stack.enter_context(tqdm(desc="tokenizing", unit="tok", unit_scale=True,
                                        total=num_windows * WINDOW, disable=None))
         while len(meta["windows"]) < num_windows and not meta["ended"]:
-            i, texts = next(batches, (0, []))
-            held_out = random.Random(counts["batches"]).randrange(max(1, len(texts)))
+            i, documents = next(batches, (0, []))
+            texts = [document.text for document in documents]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for number, encoding in enumerate(encodings):
-                split = "val" if number == held_out else "train"
+            for document, encoding in zip(documents, encodings, strict=True):
+                split = "val" if document.is_held_out else "train"
                 tokens = np.array([*encoding.ids, eos], dtype).tobytes()
                 files[split].write(tokens)
                 hashes[split].update(tokens)
                 counts[split] += len(encoding) + 1
                 meta["sizes"][i] += len(encoding) + 1
-            meta["ended"] = not texts
-            if texts:
-                counts["val_bytes"] += len(texts[held_out].encode())
-                counts["batches"] += 1
+                if document.is_held_out:
+                    counts["val_bytes"] += len(document.text.encode())
+            meta["ended"] = not documents
             bar.update(counts["train"] - bar.n)
             if meta["ended"] or counts["train"] > (len(meta["windows"]) + 1) * WINDOW:
                 for split in hashes:

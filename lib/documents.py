@@ -22,6 +22,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -34,7 +35,8 @@ from lib.cli import in_one_line, reading
 from smollm import InputError
 
 OPEN_FILES = 8  # that are read at a time
-ROWS = 200  # that are read at once, of parquet files and of the Hub
+ROWS = 200  # documents that are read at once
+HELD_OUT = 200  # of so many documents, one is held out
 LONG = 16_000  # bytes: where a text file is cut into documents, at a line's end
 LONG_SEPARATED = 1_000_000  # the same, where a separator tells documents apart
 END_OF_TEXT = "<|endoftext|>"
@@ -562,6 +564,28 @@ ROW = {".jsonl": "line", ".ndjson": "line"}  # what a row is called, where it is
 
 
 @dataclass
+class Document:
+    text: str
+    is_held_out: bool  # from training, to validate
+
+
+@lru_cache(maxsize=64)
+def drawn_place(source: str, block: int) -> int:
+    """Which of HELD_OUT documents is held out. Of the first ones it is the first, so that there is
+    one from wherever text comes; of others it is drawn, for files that take turns have their own
+    places."""
+    if block == 0:
+        return 0
+    return random.Random(f"{source} {block}").randrange(HELD_OUT)
+
+
+def is_held_out(source: str, number: int) -> bool:
+    """Whether the document of that number is, counted from 0, of those that a source has given."""
+    block, place = divmod(number, HELD_OUT)
+    return place == drawn_place(source, block)
+
+
+@dataclass
 class OpenFile:
     number: int  # of the file in its stream
     rows: object  # the iterator of READERS
@@ -578,13 +602,14 @@ class FileStream:
         self.tally = Tally()
         self.reader = Reader(source, self.tally)
         self.num_opened = 0
+        self.num_documents = Counter()  # by the reader of their files
         self.open_files = []
         self.progress = 0.0  # of the last document's file, at which those that are opened begin
 
-    def read(self, count: int) -> list[str]:
+    def read(self, count: int) -> list[Document]:
         """The next documents, so many, or as there are."""
-        texts = []
-        while len(texts) < count:
+        found = []
+        while len(found) < count:
             while len(self.open_files) < OPEN_FILES and self.num_opened < len(self.files):
                 self.open(self.num_opened, 0, self.progress)
                 self.num_opened += 1
@@ -595,8 +620,11 @@ class FileStream:
             if text is None:
                 self.open_files.remove(chosen)
             elif text:
-                texts.append(text)
-        return texts
+                reader = READERS[self.files[chosen.number].kind].__name__
+                held_out = is_held_out(reader, self.num_documents[reader])
+                self.num_documents[reader] += 1
+                found.append(Document(text, held_out))
+        return found
 
     def open(self, number: int, num_rows: int, progress: float):
         file = self.files[number]
@@ -625,11 +653,13 @@ class FileStream:
 
     def state(self) -> dict:
         places = [[file.number, file.num_rows, file.progress] for file in self.open_files]
-        return {"num_opened": self.num_opened, "open": places, "progress": self.progress}
+        return {"num_opened": self.num_opened, "open": places, "progress": self.progress,
+                "num_documents": dict(self.num_documents)}
 
     def load_state(self, state: dict):
         self.num_opened = state["num_opened"]
         self.progress = state["progress"]
+        self.num_documents = Counter(state["num_documents"])
         self.open_files = []
         for place in state["open"]:
             self.open(*place)
@@ -648,13 +678,14 @@ class HubStream:
         self.reader = Reader(source, self.tally)
         self.batches = None
         self.num_rows = 0
+        self.num_documents = 0
         # A stream tells its place only when it has been read since it was told its place.
         self.place = copy.deepcopy(stream.state_dict())
 
-    def read(self, count: int) -> list[str]:
+    def read(self, count: int) -> list[Document]:
         """The next documents: up to so many, none at the end."""
-        texts = []
-        while not texts:
+        found = []
+        while not found:
             with reading(f"dataset {self.file.name!r}", self.reader.source.hint):
                 if self.batches is None:
                     self.batches = self.stream.iter(count)
@@ -666,18 +697,21 @@ class HubStream:
                 self.num_rows += 1
                 text = self.reader.check(value, self.file, f"row {self.num_rows:,}")
                 if text:
-                    texts.append(text)
+                    found.append(Document(text, is_held_out(self.file.name, self.num_documents)))
+                    self.num_documents += 1
                 else:
                     self.tally.without_text += 1
-        if texts:
-            self.tally.documents[self.file.name] += len(texts)
-        return texts
+        if found:
+            self.tally.documents[self.file.name] += len(found)
+        return found
 
     def state(self) -> dict:
-        return {"num_rows": self.num_rows, "stream": self.place}
+        return {"num_rows": self.num_rows, "num_documents": self.num_documents,
+                "stream": self.place}
 
     def load_state(self, state: dict):
         self.num_rows = state["num_rows"]
+        self.num_documents = state["num_documents"]
         self.place = copy.deepcopy(state["stream"])
         self.stream.load_state_dict(state["stream"])
         self.batches = None
@@ -708,15 +742,15 @@ def hub_parts(source: Source) -> list[tuple]:
 
 
 def read_batches(streams: list[tuple], sizes: list[int]):
-    """Yields (i, texts) from the stream i whose size, for the caller to keep, is least for its
+    """Yields (i, documents) from the stream i whose size, for the caller to keep, is least for its
     share, until one of them ends: so the parts of a mixture keep their proportion."""
     try:
         while True:
             i = min(range(len(streams)), key=lambda i: sizes[i] / streams[i][0])
-            texts = streams[i][1].read(ROWS)
-            if not texts:
+            found = streams[i][1].read(ROWS)
+            if not found:
                 return
-            yield i, texts
+            yield i, found
     finally:
         for _, stream in streams:
             stream.close()
