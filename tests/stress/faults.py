@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -205,8 +206,9 @@ class Steps:
         def step(*args, **kwargs):
             moment = self.moment if self.count == self.at else None
             self.count += 1
+            target = f" {Path(args[1]).name}" if name == "replace" else ""
             with self.open(self.log, "a") as file:
-                file.write(f"{name}\n")
+                file.write(f"{name}{target}\n")
             if moment == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             if moment == "amid":
@@ -232,6 +234,7 @@ class Steps:
 
         builtins.open = open_file
         os.fsync = self.dying("fsync", os.fsync)
+        os.link = self.dying("link", os.link)
         os.replace = self.dying("replace", os.replace)
 
 
@@ -258,11 +261,8 @@ def steps_of_a_save(folder: Path, base: Path) -> list[str]:
     log = folder / "steps.txt"
     shutil.copytree(base, folder / "dry")
     start(folder / "dry", [], before=partial(arm, log, -1, "")).wait()
-    names = log.read_text().split()
-    # the newest checkpoint becomes the one before it, then the temporary file the newest
-    first = names.index("replace")
-    second = names.index("replace", first + 1)
-    return names[:second + 1]
+    names = log.read_text().splitlines()
+    return names[:names.index("replace ckpt.pt") + 2]  # and the folder is synced
 
 
 def die_while_saving(folder: Path, base: Path, most: int, rng, expected: dict) -> Tally:
@@ -271,9 +271,13 @@ def die_while_saving(folder: Path, base: Path, most: int, rng, expected: dict) -
     tally = Tally()
     names = steps_of_a_save(folder, base)
     writes = [i for i, name in enumerate(names) if name == "write"]
-    others = [name for name in names if name != "write"]
-    tally.check("written, synced, renamed",
-                others == ["create", "fsync", "replace", "replace"] and names[-3] == "fsync")
+    last = ["fsync", "replace ckpt-previous.pt", "replace ckpt.pt", "fsync"]
+    tally.check("written, synced, renamed, the folder synced",
+                names[0] == "create" and names[-4:] == last)
+    for i, name in enumerate(names):
+        if name in ("replace ckpt-best.pt", "replace ckpt-stable.pt"):
+            tally.check("so are the checkpoints that are kept",
+                        names[i - 2:i + 2] == ["fsync", "link", name, "fsync"])
     chosen = {writes[0], writes[-1], *rng.sample(writes, min(8, len(writes)))}
     moments = []
     for i, name in enumerate(names):
@@ -292,15 +296,52 @@ def limit_files(size: int):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def fill_the_disk(folder: Path, base: Path, count: int, rng, expected: dict) -> Tally:
+def mount(folder: Path, *options: str) -> bool:
+    """Mount a file system in memory at folder; with remount among the options, change it. Returns
+    whether that is allowed here."""
+    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def fill_the_disk(folder: Path, base: Path, is_mounted: bool, count: int, rng,
+                  expected: dict) -> Tally:
+    """Saves that find less room than they need: on a small file system, or, where none may be
+    mounted, in files that must not grow."""
     tally = Tally()
     size = (base / "out" / "ckpt.pt").stat().st_size
     for _ in range(count):
-        fault = partial(limit_files, rng.randrange(20_000, size))
-        stderr = go_on_after(folder, base, fault, 1, tally, expected)
+        room = rng.randrange(20_000, size)
+        if is_mounted:
+            stderr = go_on_after_a_full_disk(folder, base, room, tally, expected)
+        else:
+            fault = partial(limit_files, room)
+            stderr = go_on_after(folder, base, fault, 1, tally, expected)
         says_so = stderr.startswith("error: out/ckpt.pt can't be written, the last checkpoint is")
         tally.check("told in one line", says_so and len(stderr.splitlines()) == 1)
     return tally
+
+
+def go_on_after_a_full_disk(folder: Path, base: Path, room: int, tally: Tally,
+                            expected: dict) -> str:
+    """As go_on_after, on a file system with so much room, and then with more."""
+    trial = folder / "disk"
+    trial.mkdir(exist_ok=True)
+    mount(trial, "size=1g")
+    try:
+        shutil.copytree(base, trial, dirs_exist_ok=True)
+        used = shutil.disk_usage(trial).used
+        mount(trial, "remount", f"size={used + room}")
+        result = start(trial, []).wait()
+        tally.check("exit code 1", result.returncode == 1)
+        saved = max(newest_step(base), last_saved(result.stdout))
+        tally.check(NOTHING_LOST, newest_step(trial) >= saved)
+        tally.check("no temporary file left", not list(trial.rglob("*.unfinished")))
+        mount(trial, "remount", "size=1g")
+        code = start(trial, []).wait().returncode
+        tally.check(SAME_LOSSES, code == 0 and losses(trial) == expected)
+    finally:
+        subprocess.run(["umount", str(trial)], check=True)
+    return result.stderr
 
 
 # ---- Damage
@@ -354,13 +395,18 @@ def main():
         expected = losses(straight)
         base = half_way(folder, options)
         checkpoint = straight / "out" / "ckpt.pt"
+        (folder / "disk").mkdir()
+        is_mounted = mount(folder / "disk", "size=1m")
+        if is_mounted:
+            subprocess.run(["umount", str(folder / "disk")], check=True)
+        disks = "full disks" if is_mounted else "limited files, for no file system may be mounted"
         stop_by = partial(stop_at_random, folder, options, rng=rng, expected=expected)
         trials = {"folder": folder, "base": base, "rng": rng, "expected": expected}
         campaigns = {
             "kill -9 at random moments": partial(stop_by, o.kills, signal.SIGKILL),
             "kill -9 while saving": partial(die_while_saving, most=o.moments, **trials),
             "SIGTERM at random moments": partial(stop_by, o.terms, signal.SIGTERM),
-            "full disks": partial(fill_the_disk, count=o.disks, **trials),
+            disks: partial(fill_the_disk, is_mounted=is_mounted, count=o.disks, **trials),
             "flipped bits": partial(flip_bits, checkpoint, o.flips, rng),
         }
         all_held = True
