@@ -950,3 +950,64 @@ def test_tokens_that_were_asked_for_and_do_not_fit_are_refused(tokenizer):
     o = sample.Options(prompt="x y", max_new_tokens=128)
     with pytest.raises(InputError, match="128 new ones must fit in the 128"):
         sample.complete(bundle, o, {})
+
+
+# ---- All commands
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+"""
+COMMANDS = ["train.py", "sample.py", "tools/convert.py", "tools/prepare.py", "tools/plot.py"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_in_the_first_seconds_is_one_line(command, tmp_path):
+    """While torch is imported, before there is a command line."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    result = run(tmp_path, command, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 130
+    assert result.stderr == "error: interrupted\n"
+
+
+@pytest.mark.parametrize(("command", "name"), [
+    ("train.py --sample_prompt", "sample_prompt"),
+    ("train.py --text_column", "text_column"),
+    ("tools/prepare.py --separator", "separator"),
+    ("sample.py --prompt", "prompt"),
+    ("sample.py --system", "system"),
+])
+def test_an_option_that_is_not_utf_8_is_one_line(command, name, tmp_path):
+    result = run(tmp_path, *f"{command}=a\udcff".split())
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {name} must be UTF-8 text: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train.py", "tools/prepare.py"])
+def test_a_closed_stdout_is_one_line(command, tmp_path):
+    result = subprocess.run(f"exec {sys.executable} {ROOT / command} >&-", shell=True, text=True,
+                            cwd=tmp_path, stderr=subprocess.PIPE)
+    assert result.returncode == 1
+    assert result.stderr == "error: stdout is closed: send it to a file or to /dev/null\n"
+
+
+def test_without_a_compiler_all_goes_on_without_torch_compile(tiny, corpus, tmp_path):
+    without = {"PATH": "/nowhere", "CXX": "", "OMP_NUM_THREADS": "1"}
+    options = (f"--ckpt={tiny}", "--prompt=def", "--max_new_tokens=8", "--device=cpu")
+    eager = run(tmp_path, "sample.py", *options)
+    result = run(tmp_path, "sample.py", *options, "--compile=True", **without)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == eager.stdout
+    assert result.stderr.startswith("torch.compile finds no compiler: install g++")
+    result = run(tmp_path, "train.py", *STEADY, f"--dataset={corpus}", f"--init_from={tiny}",
+                 "--dtype=float32", "--max_iters=4", "--compile=True", **without)
+    assert result.returncode == 0, result.stderr
+    assert "\ntorch.compile finds no compiler: install g++" in result.stdout
+    assert "Traceback" not in result.stderr
