@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -146,17 +147,31 @@ class Run:
     # ---- While it goes on
 
     def begin(self):
-        """Let ckpt.pt be what the run goes on from, and metrics.jsonl end there, too. What ckpt.pt
-        was, if it is not that, gets a name with its step."""
+        """Let ckpt.pt be what the run goes on from, and metrics.jsonl end there, too."""
         if not self.writes:
             return
         if self.resume_path != self.path:
-            if self.path.exists():
-                step = load_checkpoint(self.path)["step"]
-                keep_copy(self.path, self.folder / f"ckpt-{step}.pt")
+            self.keep_newest()
             keep_copy(self.resume_path, self.path)
         lines = [json.dumps(entry) + "\n" for entry in self.curve]
         (self.folder / "metrics.jsonl").write_text("".join(lines))
+
+    def keep_newest(self):
+        """Give ckpt.pt another name, with its step, unless that is where the run goes on."""
+        if not self.path.exists():
+            return
+        name = "ckpt-damaged"
+        with suppress(InputError):
+            step = load_checkpoint(self.path)["step"]
+            if step == load_checkpoint(self.resume_path, check=False)["step"]:
+                return
+            name = f"ckpt-{step}"
+        copy = self.folder / f"{name}.pt"
+        number = 1
+        while copy.exists():
+            number += 1
+            copy = self.folder / f"{name}-{number}.pt"
+        keep_copy(self.path, copy)
 
     def log(self, **entry):
         """A line of metrics.jsonl: step, tokens, and what is known of them. JSON has no NaN."""

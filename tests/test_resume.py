@@ -230,6 +230,8 @@ def test_a_kill_while_a_run_goes_back_loses_nothing(decayed, tmp_path):
         found = [load_checkpoint(path)["model"] for path in tmp_path.glob(f"{at}/out/ckpt*.pt")]
         assert any(differences(model, weights) == [] for model in found)
         train_here(tmp_path / str(at), "--init_from=stable", "--max_iters=28")
+        kept = load_checkpoint(tmp_path / str(at) / "out" / "ckpt-20.pt")["model"]
+        assert differences(kept, weights) == []
 
 
 def die_at_rename(at: int):
