@@ -100,7 +100,7 @@ def lock(path: Path, if_taken: str, wait: bool = False) -> ExitStack:
         if not acquire(claim, stack, 0):
             print(f"{if_taken}: {path}.claim says so, which ends {CLAIM_SECONDS} s after the last "
                   "sign of life", file=sys.stderr)
-            if not acquire(claim, stack, None if wait else CLAIM_SECONDS + 5):
+            if not acquire(claim, stack, None if wait else 1.5 * CLAIM_SECONDS):
                 raise InputError(if_taken)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):

@@ -147,16 +147,25 @@ def make_small_windows():
     documents.ROWS = 20
 
 
+SMALL_WINDOWS = ("tools/prepare.py", "--vocab_size=400", "--max_tokens=20_000")
+
+
+@pytest.fixture(scope="module")
+def prepared_alone(corpus, tmp_path_factory) -> tuple[Path, str]:
+    """A folder in which one process has prepared the corpus, and the last that it said."""
+    folder = tmp_path_factory.mktemp("alone")
+    result = Script(folder, *SMALL_WINDOWS, f"--dataset={corpus}", before=make_small_windows).wait()
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["the tokenizer", "window 1", "window 2"])
-def test_two_processes_that_prepare_at_once_make_what_one_makes(at, corpus, tmp_path):
+def test_two_processes_that_prepare_at_once_make_what_one_makes(
+        at, prepared_alone, corpus, tmp_path):
     """The second, which comes amid the work of the first, waits, and then finds all done."""
-    options = ("tools/prepare.py", f"--dataset={corpus}", "--vocab_size=400",
-               "--max_tokens=20_000")
-    for name in ("alone", "together"):
-        (tmp_path / name).mkdir()
-    alone = Script(tmp_path / "alone", *options, before=make_small_windows).wait()
-    assert alone.returncode == 0, alone.stderr
-    together = tmp_path / "together"
+    alone, said = prepared_alone
+    options = (*SMALL_WINDOWS, f"--dataset={corpus}")
+    together = tmp_path
     first = Script(together, *options, before=functools.partial(pause_in_preparation, at))
     first.wait_for("paused before ")
     second = Script(together, *options, before=make_small_windows)
@@ -167,8 +176,8 @@ def test_two_processes_that_prepare_at_once_make_what_one_makes(at, corpus, tmp_
     for script in (first, second):
         result = script.wait()
         assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines()[-1] == alone.stdout.splitlines()[-1]
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "alone").rglob("data/**/*.*")
+        assert result.stdout.splitlines()[-1] == said
+    expected = {path.name: path.read_bytes() for path in alone.rglob("data/**/*.*")
                 if path.suffix != ".lock"}
     assert len(expected) == 4
     for path in (together / "data").rglob("*.*"):

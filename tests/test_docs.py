@@ -19,7 +19,7 @@ from tests.test_training import options_of
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 # Options of other programs: pip, torchrun
-FOREIGN_OPTIONS = {"help", "no-deps", "quiet", "index-url", "nproc_per_node", "nnodes",
+FOREIGN_OPTIONS = {"dist", "help", "no-deps", "quiet", "index-url", "nproc_per_node", "nnodes",
                    "rdzv_backend", "rdzv_endpoint", "shutdown-timeout"}
 
 

@@ -17,7 +17,7 @@ from smollm import Config, InputError, SmolLM
 from test_smollm import make
 from tests.helpers import TINY_1000, greedy
 
-UNSTATED = object()
+UNSTATED = "not stated"
 
 
 def state(path, name: str, value):

@@ -221,12 +221,11 @@ def test_extending_amid_the_decay_and_of_a_cosine_is_refused(decayed, tiny, corp
 def test_a_kill_while_a_run_goes_back_loses_nothing(decayed, tmp_path):
     """Wherever it stops, the decayed weights are there, and the same command goes on."""
     weights = load_checkpoint(decayed / "out" / "ckpt.pt")["model"]
-    for at in range(3):
+    for at in range(2):
         shutil.copytree(decayed, tmp_path / str(at))
         script = Script(tmp_path / str(at), "train.py", "--init_from=stable", "--max_iters=24",
                         before=functools.partial(die_at_rename, at))
-        result = script.wait()
-        assert result.returncode == (-signal.SIGKILL if at < 2 else 0), result.stderr
+        assert script.wait().returncode == -signal.SIGKILL
         found = [load_checkpoint(path)["model"] for path in tmp_path.glob(f"{at}/out/ckpt*.pt")]
         assert any(differences(model, weights) == [] for model in found)
         train_here(tmp_path / str(at), "--init_from=stable", "--max_iters=28")
@@ -240,7 +239,7 @@ def die_at_rename(at: int):
     names = []
 
     def replace_or_die(source, target):
-        if len(names) == at and at < 2:
+        if len(names) == at:
             os.kill(os.getpid(), signal.SIGKILL)
         names.append(target)
         rename(source, target)

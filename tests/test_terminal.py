@@ -37,6 +37,7 @@ from tests.helpers import (
     full_disk,
     greedy,
     run,
+    train_here,
     write_model,
 )
 from tests.launch import Script, open_stdin
@@ -990,24 +991,29 @@ def test_an_option_that_is_not_utf_8_is_one_line(command, name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["train.py", "tools/prepare.py"])
-def test_a_closed_stdout_is_one_line(command, tmp_path):
-    result = subprocess.run(f"exec {sys.executable} {ROOT / command} >&-", shell=True, text=True,
+def test_a_closed_stdout_is_one_line_in_training(tmp_path):
+    result = subprocess.run(f"exec {sys.executable} {ROOT / 'train.py'} >&-", shell=True, text=True,
                             cwd=tmp_path, stderr=subprocess.PIPE)
     assert result.returncode == 1
     assert result.stderr == "error: stdout is closed: send it to a file or to /dev/null\n"
 
 
+def without_compilers():
+    """In a process: as where none is in PATH."""
+    os.environ["PATH"] = "/nowhere"
+    os.environ.pop("CXX", None)
+
+
 def test_without_a_compiler_all_goes_on_without_torch_compile(tiny, corpus, tmp_path):
-    without = {"PATH": "/nowhere", "CXX": "", "OMP_NUM_THREADS": "1"}
     options = (f"--ckpt={tiny}", "--prompt=def", "--max_new_tokens=8", "--device=cpu")
     eager = run(tmp_path, "sample.py", *options)
-    result = run(tmp_path, "sample.py", *options, "--compile=True", **without)
+    result = Script(tmp_path, "sample.py", *options, "--compile=True",
+                    before=without_compilers).wait()
     assert result.returncode == 0, result.stderr
     assert result.stdout == eager.stdout
     assert result.stderr.startswith("torch.compile finds no compiler: install g++")
-    result = run(tmp_path, "train.py", *STEADY, f"--dataset={corpus}", f"--init_from={tiny}",
-                 "--dtype=float32", "--max_iters=4", "--compile=True", **without)
-    assert result.returncode == 0, result.stderr
+    result = train_here(tmp_path, *STEADY, f"--dataset={corpus}", f"--init_from={tiny}",
+                        "--dtype=float32", "--max_iters=4", "--compile=True",
+                        before=without_compilers)
     assert "\ntorch.compile finds no compiler: install g++" in result.stdout
     assert "Traceback" not in result.stderr

@@ -25,7 +25,7 @@ from tests.helpers import losses_in, start_ranks, write_parquet, write_tiny
 from tests.launch import Script
 from tests.stress.faults import Tally
 
-WINDOW = 20_000  # tokens
+WINDOW = 10_000  # tokens
 SHARES = (0.70, 0.15)  # of the parts of the mixture
 SAME_TOKENS = "the tokens of an undisturbed preparation"
 
@@ -80,7 +80,7 @@ def prepare_in_pairs(folder: Path, start, count: int, expected: dict, rng) -> Ta
     for _ in range(count):
         place = fresh(folder / "pair")
         first = start(place, before=without_flock)
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 1))
         scripts = [first, start(place, before=without_flock)]
         for script in scripts:
             result = script.wait()
@@ -153,7 +153,7 @@ def main():
         for i in range(len(SHARES)):
             (parts / str(i)).mkdir(parents=True)
             for shard in "ab":
-                write_parquet(parts / str(i) / f"{shard}.parquet", text_of(rng, 4000))
+                write_parquet(parts / str(i) / f"{shard}.parquet", text_of(rng, 2000))
         tokenizer = data.train_tokenizer(text_of(rng, 500), 400)
         tokenizer.save(str(folder / "tokenizer.json"))
         start = partial(prepare, tokenizer=folder / "tokenizer.json", parts=parts)
