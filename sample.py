@@ -248,7 +248,6 @@ if __name__ == "__main__":
     cli.check_range(o, 1, 2**63, "num_samples", "max_new_tokens")
     cli.check_range(o, 0, 2**63, "seed")
     sample_token(torch.zeros(1, 1), o.temperature, o.top_k, o.top_p)  # if out of range, says so
-    sys.stdout.reconfigure(errors="replace")
     if sys.stdin is not None:
         # newline=None: a line may end with \r\n; -sig: a file may begin with a mark
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)

@@ -276,7 +276,7 @@ def continue_text(model: SmolLM, tokenizer, prompt: str, seed: int, device) -> s
 
 if __name__ == "__main__":
     o, origin_of_options = parse_options()
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # in a file, too
+    sys.stdout.reconfigure(line_buffering=True)  # in a file, too
 
     # Ranks: this process alone, or one of torchrun's. Rank 0 speaks and writes.
     device = ranks.start(o.device)

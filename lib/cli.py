@@ -27,6 +27,7 @@ def parse(options: type, description: str, default=None):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     if sys.stdout is None:
         raise InputError("stdout is closed: send it to a file or to /dev/null")
+    sys.stdout.reconfigure(errors="replace")  # names of files may be any bytes
     o = tyro.cli(options, description=description, default=default, use_underscores=True,
                  config=(tyro.conf.FlagConversionOff,))
     for name, kind in get_type_hints(options, include_extras=True).items():

@@ -232,12 +232,7 @@ def say(text: str, file=None):
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        forget(file.fileno())
-
-
-def forget(descriptor: int):
-    """From now on, what is written to this file goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class StopSignals:
@@ -248,7 +243,6 @@ class StopSignals:
         self.is_alone = is_alone
         self.speaks = speaks
         self.received = 0  # the signal's number; 0: none
-        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -260,6 +254,3 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
         if self.speaks:
             say("finishing this step, then saving", sys.stderr)
-        if signal.Signals(number).name == "SIGHUP":
-            for descriptor in self.terminals:
-                forget(descriptor)

@@ -171,6 +171,15 @@ def test_the_files_that_are_read_are_those_that_are_there(here):
         assert read(here / name) == [f"of {name!r}"]
 
 
+def test_a_name_that_is_not_utf_8_can_be_printed(here):
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text("a line\n" * 10_000)
+    (here / "texts" / os.fsdecode(b"l\xff.jpg")).write_text("")
+    result = run(here, "tools/prepare.py", "--dataset=texts", "--vocab_size=300")
+    assert result.returncode == 0, result.stderr
+    assert "left out: 1 of other kinds (l?.jpg)" in result.stdout
+
+
 def test_links_are_followed_and_nothing_is_read_twice(here):
     texts = here / "texts"
     for name in ("a/b", ".git", ".hidden"):
