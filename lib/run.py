@@ -238,15 +238,16 @@ def say(text: str, file=None):
 class StopSignals:
     """Ctrl-C, SIGTERM and SIGHUP (the terminal was closed), which end a run after the step in
     progress. A second one ends it at once, but not under torchrun, which passes on what the
-    terminal has sent to all. What is ignored, as SIGHUP is under nohup, stays so."""
+    terminal has sent to all. Under nohup SIGHUP stays ignored."""
     def __init__(self, is_alone: bool, speaks: bool):
         self.is_alone = is_alone
         self.speaks = speaks
         self.received = 0  # the signal's number; 0: none
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.handle)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # which Windows has not
+        for number in numbers:
+            signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         self.received = number
