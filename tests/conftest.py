@@ -14,7 +14,7 @@ from lib import data
 from tests.helpers import SMALL, STEADY, TINY_1000, run, train_here, write_tiny
 from test_smollm import make
 
-# The programs that are tested hear Ctrl-C, though a shell's background job, as this may be, does not
+# What is tested hears Ctrl-C, which a background job of a shell, as this may be, does not
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["COLUMNS"] = "200"  # for the messages of the command-line library
 
