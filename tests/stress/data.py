@@ -94,7 +94,7 @@ def kill_preparations(folder: Path, start, count: int, expected: dict, rng) -> T
     """Each is killed, and goes on, until it is whole."""
     tally = Tally()
     kills = 0
-    seconds = 1.0  # how long one takes, as far as is known
+    seconds = 3.0  # how long one takes, at least
     while kills < count:
         place = fresh(folder / "kill")
         code = -signal.SIGKILL
