@@ -264,7 +264,7 @@ if __name__ == "__main__":
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             o.dtype = "bfloat16"
     if o.compile and not has_compiler(device):
-        print(f"{NO_COMPILER}, without torch.compile", file=sys.stderr)
+        print(NO_COMPILER, file=sys.stderr)
         o.compile = False
     if not o.compile:
         avoid_onednn()

@@ -401,7 +401,7 @@ if __name__ == "__main__":
     loss_model = Loss(model)  # what evaluates
     compiles = o.compile or (o.compile is None and device.type == "cuda")
     if compiles and not has_compiler(device):
-        print(f"{NO_COMPILER}, without torch.compile")
+        print(NO_COMPILER)
         compiles = False
     if compiles:
         loss_model = torch.compile(loss_model, dynamic=False)  # a graph for each shape of batches

@@ -21,7 +21,6 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from lib.bpe import SPECIAL_TOKENS as SPECIAL_TOKENS
 from lib.cli import reading
 from lib.documents import (
     File,

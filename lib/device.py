@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
 
 
 NO_COMPILER = ("torch.compile finds no compiler: install g++ (on a Mac, Xcode's clang++), or name "
-               "yours in CXX and CC; going on more slowly")
+               "yours in CXX and CC; going on more slowly, without torch.compile")
 
 
 def has_compiler(device: torch.device) -> bool:

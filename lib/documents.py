@@ -101,9 +101,11 @@ def find_files(dataset: str) -> tuple[list[File], dict[str, list[str]]]:
     the reason."""
     root = Path(dataset)
     kinds = set(READERS)
+    not_here = set()
     if dataset == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         kinds = {".py"}
+        not_here = {"site-packages", "dist-packages"}
     if not root.exists():
         raise InputError(f"dataset {dataset!r} does not exist: give a file or folder with text, "
                          f"stdlib, or what the Hub has: {', '.join(HUB)} or owner/name")
@@ -113,11 +115,9 @@ def find_files(dataset: str) -> tuple[list[File], dict[str, list[str]]]:
             raise InputError(f"dataset {dataset!r} has the suffix {kind!r}, which is none of "
                              f"{', '.join(sorted(kinds))}: if it is plain text, name it .txt")
         return [File(root, root.name, kind, compression, root.stat().st_size)], {}
+    files, left_out = find_in_folder(root, kinds, not_here)
     if dataset == "stdlib":
-        files, _ = find_in_folder(root, kinds, {"site-packages", "dist-packages"})
         left_out = {}  # its other files are none that anybody would look for
-    else:
-        files, left_out = find_in_folder(root, kinds, set())
     if is_hub_download(root, files):
         files = train_split(files, left_out)
     if not files:
@@ -240,7 +240,7 @@ class Tally:
     without_text: int = 0  # rows whose text is missing, null or empty
     not_utf8: dict = field(default_factory=dict)  # a file's name: what there is, and where
     left_out: dict = field(default_factory=dict)  # a file's name: why
-    separated: dict = field(default_factory=dict)  # a file's name, if it has lines of END_OF_TEXT
+    separated: set = field(default_factory=set)  # names of files with lines of END_OF_TEXT
 
     def add(self, other: "Tally"):
         self.documents += other.documents
@@ -407,7 +407,7 @@ def text_of(document: bytes, file: File, reader: Reader, offset: int) -> str:
         text = "".join(line for line in lines if line is not None)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if f"\n{END_OF_TEXT}\n" in text:
-        reader.tally.separated[file.name] = True
+        reader.tally.separated.add(file.name)
     return text
 
 
@@ -579,10 +579,11 @@ def drawn_place(source: str, block: int) -> int:
     return random.Random(f"{source} {block}").randrange(HELD_OUT)
 
 
-def is_held_out(source: str, number: int) -> bool:
-    """Whether the document of that number is, counted from 0, of those that a source has given."""
-    block, place = divmod(number, HELD_OUT)
-    return place == drawn_place(source, block)
+def next_document(text: str, source: str, num_documents: Counter) -> Document:
+    """The next document of a source, whose number is counted in num_documents, from 0."""
+    block, place = divmod(num_documents[source], HELD_OUT)
+    num_documents[source] += 1
+    return Document(text, place == drawn_place(source, block))
 
 
 @dataclass
@@ -620,10 +621,8 @@ class FileStream:
             if text is None:
                 self.open_files.remove(chosen)
             elif text:
-                reader = READERS[self.files[chosen.number].kind].__name__
-                held_out = is_held_out(reader, self.num_documents[reader])
-                self.num_documents[reader] += 1
-                found.append(Document(text, held_out))
+                source = READERS[self.files[chosen.number].kind].__name__
+                found.append(next_document(text, source, self.num_documents))
         return found
 
     def open(self, number: int, num_rows: int, progress: float):
@@ -678,9 +677,9 @@ class HubStream:
         self.reader = Reader(source, self.tally)
         self.batches = None
         self.num_rows = 0
-        self.num_documents = 0
+        self.num_documents = Counter()
         # A stream tells its place only when it has been read since it was told its place.
-        self.place = copy.deepcopy(stream.state_dict())
+        self.place = stream.state_dict()
 
     def read(self, count: int) -> list[Document]:
         """The next documents: up to so many, none at the end."""
@@ -690,15 +689,14 @@ class HubStream:
                 if self.batches is None:
                     self.batches = self.stream.iter(count)
                 batch = next(self.batches, None)
-                self.place = copy.deepcopy(self.stream.state_dict())
+                self.place = self.stream.state_dict()
             if batch is None:
                 break
             for value in batch[self.reader.source.column]:
                 self.num_rows += 1
                 text = self.reader.check(value, self.file, f"row {self.num_rows:,}")
                 if text:
-                    found.append(Document(text, is_held_out(self.file.name, self.num_documents)))
-                    self.num_documents += 1
+                    found.append(next_document(text, self.file.name, self.num_documents))
                 else:
                     self.tally.without_text += 1
         if found:
@@ -706,12 +704,12 @@ class HubStream:
         return found
 
     def state(self) -> dict:
-        return {"num_rows": self.num_rows, "num_documents": self.num_documents,
+        return {"num_rows": self.num_rows, "num_documents": dict(self.num_documents),
                 "stream": self.place}
 
     def load_state(self, state: dict):
         self.num_rows = state["num_rows"]
-        self.num_documents = state["num_documents"]
+        self.num_documents = Counter(state["num_documents"])
         self.place = copy.deepcopy(state["stream"])
         self.stream.load_state_dict(state["stream"])
         self.batches = None

@@ -102,11 +102,6 @@ def lock(path: Path, if_taken: str, wait: bool = False) -> ExitStack:
                   "sign of life", file=sys.stderr)
             if not acquire(claim, stack, None if wait else 1.5 * CLAIM_SECONDS):
                 raise InputError(if_taken)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        raise InputError(f"{path} can't be locked, which keeps other processes from writing there "
-                         f"({error.strerror}): choose a folder on another file system") from error
     except BaseException:
         stack.close()
         raise
@@ -121,3 +116,9 @@ def acquire(file_lock, stack: ExitStack, seconds: float | None = None) -> bool:
         return True
     except Timeout:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise InputError(f"{file_lock.lock_file} can't be locked, which keeps other processes from "
+                         f"writing there ({error.strerror}): choose a folder on another file "
+                         "system") from error

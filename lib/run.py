@@ -17,7 +17,6 @@ import signal
 import sys
 import tempfile
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -160,9 +159,11 @@ class Run:
         """Give ckpt.pt another name, with its step, unless that is where the run goes on."""
         if not self.path.exists():
             return
-        name = "ckpt-damaged"
-        with suppress(InputError):
+        try:
             step = load_checkpoint(self.path)["step"]
+        except InputError:
+            name = "ckpt-damaged"
+        else:
             if step == load_checkpoint(self.resume_path, check=False)["step"]:
                 return
             name = f"ckpt-{step}"
@@ -185,13 +186,12 @@ class Run:
         """Whether that is the last thing that the run did, before it was resumed."""
         return bool(self.curve) and "val_loss" in self.curve[-1] and self.curve[-1]["step"] == step
 
-    def best_val_loss(self) -> float:
-        return min(entry["val_loss"] for entry in self.curve if "val_loss" in entry)
+    def val_losses(self) -> dict[int, float]:
+        """By step."""
+        return {entry["step"]: entry["val_loss"] for entry in self.curve if "val_loss" in entry}
 
-    def is_best_at(self, step: int) -> bool:
-        """Whether the lowest validation loss is that of this step."""
-        losses = {entry["step"]: entry["val_loss"] for entry in self.curve if "val_loss" in entry}
-        return step in losses and losses[step] == min(losses.values())
+    def best_val_loss(self) -> float:
+        return min(self.val_losses().values())
 
     def save(self, checkpoint: dict, is_stable: bool = False):
         """Make this the newest checkpoint; also the best one, if it is, and the stable one, if
@@ -199,7 +199,9 @@ class Run:
         overwrites, are gone once this one is there."""
         keep_as = self.previous_path if self.path_is_ours else None
         copies = []  # which are there before it is, so that a kill between leaves none out
-        if self.is_best_at(checkpoint["step"]):
+        val_losses = self.val_losses()
+        step = checkpoint["step"]
+        if step in val_losses and val_losses[step] == self.best_val_loss():
             copies.append(self.best_path)
         if is_stable:
             copies.append(self.stable_path)
@@ -207,8 +209,9 @@ class Run:
             with write_whole(self.path, keep_as) as temporary:
                 with open(temporary, "wb") as file:
                     torch.save(checkpoint, file)
-                for copy in copies:
+                if copies:
                     sync(temporary)
+                for copy in copies:
                     keep_copy(temporary, copy)
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
             reason = error

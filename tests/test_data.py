@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from lib import bpe, data, documents, files
-from lib.data import SPECIAL_TOKENS, block_at, get_batch
+from lib.bpe import SPECIAL_TOKENS
+from lib.data import block_at, get_batch
 from smollm import InputError
 from tests.helpers import ROOT, prepare, run, tokens_in, write_jsonl, write_parquet
 from tests.launch import Script

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from lib import cli, data, documents
 from tests.helpers import losses_in, start_ranks, write_parquet, write_tiny
 from tests.launch import Script
-from tests.stress.faults import Tally
+from tests.stress.campaigns import Tally, run_campaigns
 
 WINDOW = 10_000  # tokens
 SHARES = (0.70, 0.15)  # of the parts of the mixture
@@ -169,11 +169,7 @@ def main():
                 partial(kill_preparations, folder, start, o.kills, expected, rng),
             "ranks": partial(train_on_different_texts, folder, tokenizer, o.ranks, rng),
         }
-        all_held = True
-        for what, campaign in campaigns.items():
-            tally = campaign()
-            all_held = all_held and tally.held == tally.tested
-            print(f"{what}: {tally}", flush=True)
+        all_held = run_campaigns(campaigns)
     sys.exit(0 if all_held else 1)
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from lib.plot import read_curve
 from lib.run import load_checkpoint
 from smollm import Config, InputError, SmolLM
 from tests.launch import Script
+from tests.stress.campaigns import Tally, run_campaigns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 40  # of a run
@@ -48,21 +48,6 @@ class Options:
     disks: int = 10  # saves that meet a full disk
     flips: int = 1000  # single bits of a checkpoint turned over
     seed: int = 0
-
-
-class Tally:
-    """How often each property was tested, and held."""
-    def __init__(self):
-        self.tested = Counter()
-        self.held = Counter()
-
-    def check(self, name: str, holds: bool):
-        self.tested[name] += 1
-        self.held[name] += holds
-
-    def __str__(self):
-        parts = [f"{name} {self.held[name]} of {count}" for name, count in self.tested.items()]
-        return ", ".join(parts) or "nothing tested"
 
 
 # ---- Runs, and what they leave
@@ -409,11 +394,7 @@ def main():
             disks: partial(fill_the_disk, is_mounted=is_mounted, count=o.disks, **trials),
             "flipped bits": partial(flip_bits, checkpoint, o.flips, rng),
         }
-        all_held = True
-        for what, campaign in campaigns.items():
-            tally = campaign()
-            all_held = all_held and tally.held == tally.tested
-            print(f"{what}: {tally}", flush=True)
+        all_held = run_campaigns(campaigns)
     sys.exit(0 if all_held else 1)
 
 
