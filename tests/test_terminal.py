@@ -772,10 +772,16 @@ class Terminal:
     def type(self, keys: str):
         os.write(self.master, keys.encode())
 
-    def end(self) -> subprocess.CompletedProcess:
+    def end(self, again: str = "") -> subprocess.CompletedProcess:
+        """Until it ends. The key `again` is pressed each second: Python's readline looks for
+        signals and then waits for keys, and a Ctrl-C between the two is heard at the next key."""
         deadline = time.monotonic() + 30
+        pressed = time.monotonic()
         while self.script.process.is_alive() and time.monotonic() < deadline:
             self.read()
+            if again and time.monotonic() - pressed > 1:
+                self.type(again)
+                pressed = time.monotonic()
         return self.script.wait(1)
 
 
@@ -818,7 +824,7 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_quietly(key, telling, chatting):
     terminal = chatting(f"--ckpt={telling}")
     terminal.wait_for("> ")
     terminal.type(key)
-    result = terminal.end()
+    result = terminal.end(again=key[-1])
     assert (result.returncode, result.stderr) == (0, "")
     assert "Traceback" not in terminal.seen
 
