@@ -70,17 +70,24 @@ class Options:
     batch_size: int = 8  # sequences in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in a step, split over all GPUs
 
-    # optimizer
+    # optimizer; docs/recipe.md has the options of the published recipe
+
+    # silent: the blocks begin by adding nothing; published: as SmolLM's began
+    init: Literal["silent", "published"] = "silent"
     optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
-    learning_rate: float = 2e-3  # the peak, for Muon and AdamW; if AdamW has all, 1e-3 is better
-    embedding_lr_scale: float = 1.0  # the embedding's learning rate, as a multiple of that
+    learning_rate: float = 3e-3  # the peak, for Muon and AdamW; if AdamW has all, 1e-3 is better
+
+    # the embedding's learning rate, as a multiple of that; None: (576 / hidden_size)^2, at least 1
+    embedding_lr_scale: float | None = None
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # after warm-up; wsd: stable, then decay
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # of wsd; sqrt: 1 - sqrt, as published
     warmup_iters: int | None = None  # steps of linear warm-up; None: 2% of max_iters
-    decay_iters: int | None = None  # last steps, in which wsd decays; None: 20% of max_iters
+    decay_iters: int | None = None  # last steps, in which wsd decays; None: 70% of max_iters
     weight_decay: float = 0.01  # of matrices; norms don't decay
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95  # of AdamW
+    momentum: float = 0.9  # of Muon
+    beta1: float = 0.8  # of AdamW
+    beta2: float = 0.98  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: don't clip
 
     # what is shown
@@ -104,10 +111,8 @@ class Options:
 # What suits the small presets. The defaults of Options suit the 135M. For the rates, see
 # docs/learning.md.
 PRESET_OPTIONS = {
-    "nano": dict(block_size=256, batch_size=16, max_iters=350, learning_rate=3e-3,
-                 embedding_lr_scale=6.0, eval_interval=35),
-    "micro": dict(block_size=256, batch_size=16, max_iters=2000, learning_rate=3e-3,
-                  eval_interval=100),
+    "nano": dict(block_size=256, batch_size=16, max_iters=350, eval_interval=35),
+    "micro": dict(block_size=256, batch_size=16, max_iters=2000, eval_interval=100),
 }
 OVERFIT_LOSS = 0.05  # near zero
 
@@ -137,11 +142,11 @@ def check_options(o: Options) -> Options:
                     "max_iters", "max_tokens", "eval_interval", "eval_iters", "log_interval")
     cli.check_range(o, 0, 2**63, "learning_rate", "embedding_lr_scale", "weight_decay",
                     "grad_clip", "seed", "warmup_iters", "decay_iters")
-    cli.check_range(o, 0, 1, "beta1", "beta2")
+    cli.check_range(o, 0, 1, "momentum", "beta1", "beta2")
     if o.warmup_iters is None:
         o = replace(o, warmup_iters=o.max_iters // 50)
     if o.decay_iters is None:
-        o = replace(o, decay_iters=o.max_iters // 5)
+        o = replace(o, decay_iters=o.max_iters * 7 // 10)
     decay = o.decay_iters if o.schedule == "wsd" else 0
     if o.warmup_iters + decay > o.max_iters:
         raise InputError(f"warmup_iters {o.warmup_iters} and decay_iters {decay} exceed max_iters "
@@ -155,9 +160,9 @@ def check_options(o: Options) -> Options:
 def lr_at(step: int, o: Options) -> float:
     """The learning rate of a step, counted from 0.
 
-    Linear warm-up, whose last step is at the peak. Then wsd, SmolLM's schedule: stable, and at last
-    peak * (1 - sqrt(fraction of decay_iters that is done)) (Hägele et al. 2024, arXiv:2405.18392);
-    or half a cosine, down to 0; or constant.
+    Linear warm-up, whose last step is at the peak. Then wsd: stable, and at last down to 0, in a
+    line or by 1 - sqrt(fraction of decay_iters that is done), as SmolLM (Hägele et al. 2024,
+    arXiv:2405.18392); or half a cosine, down to 0; or constant.
     """
     if step < o.warmup_iters:
         return o.learning_rate * (step + 1) / o.warmup_iters
@@ -165,14 +170,19 @@ def lr_at(step: int, o: Options) -> float:
         progress = (step - o.warmup_iters) / (o.max_iters - o.warmup_iters)
         return o.learning_rate * (1 + math.cos(math.pi * progress)) / 2
     decay_steps_done = step - (o.max_iters - o.decay_iters)
-    if o.schedule == "wsd" and decay_steps_done > 0:
-        return o.learning_rate * (1 - math.sqrt(decay_steps_done / o.decay_iters))
-    return o.learning_rate
+    if o.schedule == "constant" or decay_steps_done <= 0:
+        return o.learning_rate
+    progress = decay_steps_done / o.decay_iters
+    if o.decay_shape == "sqrt":
+        progress = math.sqrt(progress)
+    return o.learning_rate * (1 - progress)
 
 
 def check_rate_of_resumed(saved: Options, o: Options, step: int, run: Run):
     """InputError if the learning rate, having decayed, would rise again."""
-    if step <= saved.warmup_iters or lr_at(step, o) <= lr_at(step - 1, saved):
+    before = lr_at(step - 1, saved)
+    after = lr_at(step, o)
+    if step <= saved.warmup_iters or after <= before:
         return
     way_out = "leave max_iters and decay_iters as they are"
     if run.stable_path.exists():
@@ -180,8 +190,26 @@ def check_rate_of_resumed(saved: Options, o: Options, step: int, run: Run):
                    f"--max_iters={o.max_iters}")
     raise InputError(
         f"{run.resume_path} is at step {step}, where the learning rate has decayed to "
-        f"{lr_at(step - 1, saved):.2g}; with max_iters {o.max_iters} it would rise again to "
-        f"{lr_at(step, o):.2g}: {way_out}")
+        f"{before:.2g}; with max_iters {o.max_iters} it would rise again to {after:.2g}: {way_out}")
+
+
+@torch.no_grad()
+def begin_silently(model: SmolLM):
+    """Let all blocks add nothing at first, for o_proj and down_proj write to the residual stream.
+
+    What the head then sees is the embedding alone, and the tied head gives each token its own
+    logit: sqrt(hidden_size) as published, half of it with half of the embedding.
+    """
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    model.model.embed_tokens.weight.mul_(0.5)
+
+
+def embedding_scale(hidden_size: int) -> float:
+    """How much faster the embedding learns than the rest. The rule was found at hidden sizes of
+    192, 384 and 576 (docs/learning.md); wider models have SmolLM's 1."""
+    return max(1.0, (576 / hidden_size)**2)
 
 
 def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
@@ -203,7 +231,8 @@ def make_optimizers(model: SmolLM, o: Options) -> list[torch.optim.Optimizer]:
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
     if o.optimizer == "adamw":
         return [adamw]
-    muon = Muon(matrices, lr=0.0, weight_decay=o.weight_decay, dtype=getattr(torch, o.dtype))
+    muon = Muon(matrices, lr=0.0, weight_decay=o.weight_decay, momentum=o.momentum,
+                dtype=getattr(torch, o.dtype))
     return [adamw, muon]
 
 
@@ -328,6 +357,8 @@ if __name__ == "__main__":
         torch.manual_seed(o.seed)
         config = replace(PRESETS[o.model])  # a copy, which gets the tokenizer's bos and eos below
         model = SmolLM(config).to(device)
+        if o.init == "silent":
+            begin_silently(model)
         files = {}  # what comes with a model, such as its chat template
         tokenizer = None
         if o.tokenizer:
@@ -394,6 +425,8 @@ if __name__ == "__main__":
           f"{len(val_tokens):,} held out")
 
     # Optimizers
+    if o.embedding_lr_scale is None:
+        o.embedding_lr_scale = embedding_scale(config.hidden_size)
     optimizers = make_optimizers(model, o)
 
     # Speed

@@ -1,15 +1,15 @@
-"""What a token teaches: the same models on the same batches, trained by the recipe and otherwise.
+"""What a token teaches: how long train.py's way of training takes to end at AdamW's loss.
 
-    python bench/learning.py                   # all sizes, hours
-    python bench/learning.py --sizes nano      # one of them
+    python bench/learning.py                  # all sizes, two hours on two cores
+    python bench/learning.py --sizes nano     # one of them
 
-The blocks' matrices get AdamW, as in the published recipe, or Muon, and the embedding the learning
-rate of all the others, or a higher one. Each run is train.py's own, in bfloat16. With the first
-seed, each way tries three learning rates, and more where the best is at an end of them; with the
-best it trains from the other seeds. (The 135M model has one seed, and no more rates.) Nano trains
-in its best way once more, in two thirds of the steps. At last all run in turn, each alone on the
-machine, for the time of a step. Writes bench/LEARNING.md and assets/learning.png. What is in --runs
-is not run again, so the command can be stopped, and goes on.
+Every run is one of train.py, in bfloat16, that ends: its learning rate falls to 0, and its loss is
+that of the whole held-out text. AdamW trains as published, and again with all that is ours but Muon
+(AdamW+). Each tries learning rates with the first seed, in steps of sqrt 2, until the best is
+inside, and trains with it from the other seeds. Our defaults, untuned, have a share of the steps.
+At last all train in turn, each alone on the machine, for the time of a step. Writes
+bench/LEARNING.md and assets/learning.png. What is in --runs is not run again, so the command can be
+stopped, and goes on.
 """
 
 import json
@@ -27,7 +27,6 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import cli
@@ -37,93 +36,74 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---- What is compared
 
+SHARES = (0.4, 0.5, 0.6)  # of AdamW's steps, for our way
+SEEDS = (0, 1, 2)
+
 
 @dataclass
 class Way:
-    """How the parameters are updated."""
-    optimizer: str
-    embedding_lr_scale: float
-    warmup: float  # share of the steps; for nano, the other optimizer's is worse (try --warmup)
-
-    def __str__(self):
-        return f"{self.optimizer}-embedding{self.embedding_lr_scale:g}"
+    """Options of train.py; warmup and decay are shares of the steps."""
+    options: tuple[str, ...]
+    warmup: float
+    decay: float
 
 
+ADAMW = "AdamW"
+ADAMW_PLUS = "AdamW+"
+OURS = "ours"
 WAYS = {
-    "AdamW": Way("adamw", embedding_lr_scale=1, warmup=0.1),
-    "AdamW, embedding x 6": Way("adamw", embedding_lr_scale=6, warmup=0.1),
-    "Muon": Way("muon", embedding_lr_scale=1, warmup=0.02),
-    "Muon, embedding x 6": Way("muon", embedding_lr_scale=6, warmup=0.02),
+    ADAMW: Way(("--optimizer=adamw", "--init=published", "--decay_shape=sqrt", "--beta1=0.9",
+                "--beta2=0.95", "--embedding_lr_scale=1"), warmup=0.1, decay=0.2),
+    ADAMW_PLUS: Way(("--optimizer=adamw", "--weight_decay=0.1"), warmup=0.1, decay=0.7),
+    OURS: Way((), warmup=0.02, decay=0.7),
 }
-RECIPE = "AdamW"  # the published one
-DEFAULT = "Muon"  # train.py's
-BEST_OF_NANO = "Muon, embedding x 6"
 
 
 @dataclass
 class Size:
     """How a model is trained."""
-    max_iters: int
-    rates: tuple[float, ...]  # the learning rates to begin with
-    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int  # of AdamW
+    rates: dict[str, tuple[float, ...]]  # the learning rates that a way begins with
     batch_size: int = 16
     block_size: int = 128
-    evaluations: int = 10
-    ways: tuple[str, ...] = (RECIPE, DEFAULT)
-    muon_rates: tuple[float, ...] | None = None  # of Muon, and no more are tried
     timed_steps: int = 8  # of a run for the time of a step
 
 
+ROOT_2 = math.sqrt(2)
 SIZES = {
-    "nano": Size(600, (1.5e-3, 3e-3, 6e-3), evaluations=20, ways=tuple(WAYS), timed_steps=40),
-    "micro": Size(160, (1.5e-3, 3e-3, 6e-3), ways=(RECIPE, DEFAULT, BEST_OF_NANO), timed_steps=20),
-    "smollm2-135m": Size(200, (5e-4, 1e-3, 2e-3), seeds=(0,), batch_size=4, muon_rates=(2e-3,)),
+    "nano": Size(600, {ADAMW: (3e-3 / ROOT_2, 3e-3, 3e-3 * ROOT_2),
+                       ADAMW_PLUS: (1.5e-3, 3e-3 / ROOT_2, 3e-3)}, timed_steps=40),
+    "micro": Size(160, {ADAMW: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2),
+                        ADAMW_PLUS: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2)}, timed_steps=20),
 }
 
 
 @dataclass
 class Options:
-    sizes: list[Literal["nano", "micro", "smollm2-135m"]] = field(
-        default_factory=lambda: list(SIZES))
-    warmup: float | None = None  # share of the steps, for all; None: for each what is best for it
+    sizes: list[Literal["nano", "micro"]] = field(default_factory=lambda: list(SIZES))
     runs: Path = Path("runs/learning")  # folder of the runs
     jobs: int = 2  # runs at a time, which share the cores
     pairs: int = 3  # times that all are timed
 
 
-@dataclass
-class Result:
-    """What came of one way at one size. A curve is (2, evaluations): tokens, validation loss."""
-    tried: dict[float, float]  # learning rate: final loss with the first seed
-    rate: float  # the best
-    curves: np.ndarray  # (seeds, 2, evaluations), with that rate
-    shorter: np.ndarray | None = None  # the same, in two thirds of the steps
-    seconds: list[float] = field(default_factory=list)  # of a step
-
-    @property
-    def final(self) -> np.ndarray:
-        return self.curves[:, 1, -1]
-
-
 # ---- Runs
 
 
-def train(o: Options, model: str, name: str, rate: float, seed: int, steps: int, folder: str,
-          threads: int, eval_iters: int = 10, log_interval: int = 10) -> list[dict]:
-    """The curve of a run of train.py. One that diverges has a loss of infinity at its end."""
+def train(o: Options, model: str, name: str, rate: float | None, seed: int, steps: int,
+          threads: int, folder: str, log_interval: int = 1000) -> list[dict]:
+    """The log of a run of train.py. One that diverges has a loss of infinity at its end."""
     size = SIZES[model]
     way = WAYS[name]
     out_dir = o.runs.resolve() / model / folder
-    warmup = way.warmup if o.warmup is None else o.warmup
     options = [
         f"--model={model}", f"--seed={seed}", "--dtype=bfloat16", "--compile=True",
-        f"--optimizer={way.optimizer}", f"--learning_rate={rate:g}",
-        f"--embedding_lr_scale={way.embedding_lr_scale:g}",
-        f"--max_iters={steps}", f"--warmup_iters={round(steps * warmup)}",
+        *way.options, f"--max_iters={steps}", f"--warmup_iters={round(steps * way.warmup)}",
+        f"--decay_iters={round(steps * way.decay)}",
         f"--batch_size={size.batch_size}", f"--block_size={size.block_size}",
-        f"--eval_interval={size.max_iters // size.evaluations}", f"--eval_iters={eval_iters}",
-        f"--log_interval={log_interval}",
+        "--eval_interval=100000", "--eval_iters=1000", f"--log_interval={log_interval}",
     ]
+    if rate is not None:
+        options.append(f"--learning_rate={rate:.3g}")
     done = out_dir / "done"  # its contents say what was run
     if not done.exists() or done.read_text() != " ".join(options):
         command = [sys.executable, ROOT / "train.py", *options, f"--out_dir={out_dir}",
@@ -143,163 +123,162 @@ def train(o: Options, model: str, name: str, rate: float, seed: int, steps: int,
     return read_curve(out_dir / "metrics.jsonl")
 
 
-def train_share(o: Options, model: str, name: str, rate: float, seed: int,
-                share: float = 1) -> np.ndarray:
-    """The validation curve of a run of that share of the steps."""
-    steps = round(SIZES[model].max_iters * share)
-    folder = f"{WAYS[name]}-{rate:g}-{steps}-seed{seed}"
-    if o.warmup is not None:
-        folder += f"-warmup{o.warmup:g}"
-    threads = max(1, os.cpu_count() // o.jobs)
-    entries = train(o, model, name, rate, seed, steps, folder, threads)
-    points = [(entry["tokens"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
-    curve = np.array(points).T
-    print(f"{model}, {folder}: {curve[1, -1]:.4f}", flush=True)
-    return curve
+def final_loss(o: Options, model: str, name: str, rate: float | None, seed: int,
+               share: float = 1) -> float:
+    """Of a run of that share of the steps."""
+    steps = round(SIZES[model].steps * share)
+    folder = f"{name}-{steps}-seed{seed}"
+    if rate is not None:
+        folder += f"-{rate:.3g}"
+    entries = train(o, model, name, rate, seed, steps, max(1, os.cpu_count() // o.jobs), folder)
+    loss = [entry["val_loss"] for entry in entries if "val_loss" in entry][-1]
+    print(f"{model}, {folder}: {loss:.4f}", flush=True)
+    return loss
 
 
-def learn(o: Options, model: str, name: str) -> Result:
+@dataclass
+class Reference:
+    """What came of AdamW at one size."""
+    tried: dict[float, float]  # learning rate: final loss with the first seed
+    rate: float  # the best
+    losses: list[float]  # of each seed, with that rate
+
+
+def tune(o: Options, model: str, name: str) -> Reference:
     """Find the best learning rate with the first seed, and train with it from all."""
-    size = SIZES[model]
-    rates = list(size.rates)
-    if WAYS[name].optimizer == "muon" and size.muon_rates is not None:
-        rates = list(size.muon_rates)
+    rates = list(SIZES[model].rates[name])
     tried = {}
     while len(tried) < len(rates):
         for rate in rates[len(tried):]:
-            tried[rate] = train_share(o, model, name, rate, size.seeds[0])[1, -1]
+            tried[rate] = final_loss(o, model, name, rate, SEEDS[0])
         best = min(tried, key=tried.get)
-        if size.muon_rates is not None:
-            break
         if best == min(rates):
-            rates.append(best / 2)
+            rates.append(best / ROOT_2)
         elif best == max(rates):
-            rates.append(best * 2)
-    curves = [train_share(o, model, name, best, seed) for seed in size.seeds]
-    result = Result(tried, best, np.array(curves))
-    if model == "nano" and name == BEST_OF_NANO:
-        shorter = [train_share(o, model, name, best, seed, share=2 / 3) for seed in size.seeds]
-        result.shorter = np.array(shorter)
-    return result
+            rates.append(best * ROOT_2)
+    return Reference(tried, best, [final_loss(o, model, name, best, seed) for seed in SEEDS])
 
 
-def measure_steps(o: Options, model: str, results: dict[str, Result]):
-    """Seconds of a step, in turn, with all threads."""
+def seconds_of_steps(o: Options, model: str, rates: dict[str, float | None]) -> dict:
+    """For each way, seconds of a step in each turn, with all threads."""
     size = SIZES[model]
+    seconds = {name: [] for name in WAYS}
     for turn in range(o.pairs):
-        for name, result in results.items():
-            entries = train(o, model, name, result.rate, size.seeds[0], size.timed_steps,
-                            f"{WAYS[name]}-timed{turn}", threads=os.cpu_count(),
-                            eval_iters=1, log_interval=2)
+        for name, rate in rates.items():
+            entries = train(o, model, name, rate, SEEDS[0], size.timed_steps, os.cpu_count(),
+                            f"{name}-timed{turn}", log_interval=2)
             speeds = [entry["tok_per_s"] for entry in entries if "tok_per_s" in entry]
             speed = median(speeds[2:])  # in the first two it compiles
-            result.seconds.append(size.batch_size * size.block_size / speed)
+            seconds[name].append(size.batch_size * size.block_size / speed)
+    return seconds
 
 
 # ---- What they say
 
-HEADER = ["model", "way", "best rate", "validation loss", "tokens", "time of a step", "time",
-          "rate: loss, with the first seed"]
+
+@dataclass
+class Result:
+    """Of one size."""
+    references: dict[str, Reference]
+    ours: dict[float, list[float]]  # share of the steps: final loss of each seed
+    seconds: dict[str, list[float]]  # of a step
 
 
-def tokens_to(curve: np.ndarray, loss: float) -> float:
-    """When a curve first comes to that loss, on a straight line between evaluations; nan if it
-    does not."""
-    tokens, losses = curve
-    if losses.min() > loss:
-        return math.nan
-    i = int(np.argmax(losses <= loss))
-    return float(np.interp(-loss, -losses[i - 1:i + 1], tokens[i - 1:i + 1]))
+def share_to(loss: float, ours: dict[float, float]) -> float:
+    """The share of the steps at which our runs end at that loss, on straight lines between them in
+    log steps; beyond the last and before the first, on the nearest line."""
+    logs = np.log(sorted(ours))
+    losses = [ours[share] for share in sorted(ours)]
+    i = 0
+    while i < len(losses) - 2 and losses[i + 1] > loss:
+        i += 1
+    slope = (losses[i + 1] - losses[i]) / (logs[i + 1] - logs[i])
+    return float(np.exp(logs[i] + (loss - losses[i]) / slope))
 
 
 def spread(values) -> str:
-    text = f"{np.mean(values):.3f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.3f}"
-    return text
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
 
 
-def rows(model: str, results: dict[str, Result]) -> list[list[str]]:
-    """The table's lines for one size."""
-    recipe = results[RECIPE]
+def rows(model: str, result: Result) -> list[list[str]]:
     lines = []
-    for name, result in results.items():
+    for name, reference in result.references.items():
         shares = []
-        for curve, loss in zip(result.curves, recipe.final, strict=True):
-            shares.append(tokens_to(curve, loss) / curve[0, -1])
-        slower = [a / b for a, b in zip(result.seconds, recipe.seconds, strict=True)]
-        step = f"{median(slower):.2f} ({min(slower):.2f} to {max(slower):.2f})"
-        tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(result.tried.items()))
-        lines.append([f"`{model}`", name, f"{result.rate:g}", spread(result.final), spread(shares),
-                      step, f"{np.mean(shares) * median(slower):.2f}", tried])
-        if result.shorter is not None:
-            final = spread(result.shorter[:, 1, -1])
-            lines.append([f"`{model}`", f"{name}, 2/3 of the steps", f"{result.rate:g}", final,
-                          "", "", "", ""])
+        for i, loss in enumerate(reference.losses):
+            shares.append(share_to(loss, {s: losses[i] for s, losses in result.ours.items()}))
+        slower = [a / b for a, b in zip(result.seconds[OURS], result.seconds[name], strict=True)]
+        tried = ", ".join(f"{rate:.3g}: {loss:.3f}"
+                          for rate, loss in sorted(reference.tried.items()))
+        lines.append([f"`{model}`", name, spread(reference.losses), spread(shares),
+                      f"{median(slower):.2f} ({min(slower):.2f} to {max(slower):.2f})",
+                      f"{np.mean(shares) * median(slower):.2f}", tried])
+    for share, losses in result.ours.items():
+        lines.append([f"`{model}`", f"ours, {share:g} of the steps", spread(losses), *[""] * 4])
     return lines
 
 
-def report(everything: dict[str, dict[str, Result]]) -> str:
+def report(results: dict[str, Result]) -> str:
     """The contents of LEARNING.md."""
+    header = ["model", "way", "final loss", "our share of its tokens", "time of our step, in its",
+              "our share of its time", "rate: loss, with the first seed"]
+    lines = [header, ["---"] * len(header)]
     sizes = []
-    lines = [HEADER, ["---"] * len(HEADER)]
-    for model, results in everything.items():
+    for model, result in results.items():
         size = SIZES[model]
-        sizes.append(f"{size.max_iters} steps of {size.batch_size} x {size.block_size} tokens for "
+        sizes.append(f"{size.steps} steps of {size.batch_size} x {size.block_size} tokens for "
                      f"`{model}`")
-        lines += rows(model, results)
+        lines += rows(model, result)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         "# What a token teaches\n\n"
         f"Written by `python {' '.join(sys.argv)}` on {os.cpu_count()} cores "
-        f"({platform.machine()}), torch {torch.__version__}, bfloat16: {', '.join(sizes)}. Tokens "
-        "and time are those to the loss that AdamW ends with as in the recipe, in shares of its "
-        "own, seed by seed; time is that of so many steps. ± is the standard deviation over "
-        f"seeds.\n\n{table}\n")
+        f"({platform.machine()}), torch {torch.__version__}, bfloat16: {', '.join(sizes)}. All "
+        "runs end, and losses are of the whole held-out text. Our share is where our runs meet a "
+        "way's loss, seed by seed, on straight lines in the logarithm of the steps. ± is the "
+        f"standard deviation over {len(SEEDS)} seeds.\n\n{table}\n")
 
 
-def draw(everything: dict[str, dict[str, Result]], picture: Path):
-    """Validation loss over tokens, a panel for each size."""
-    figure = Figure(figsize=(4.5 * len(everything), 4), layout="constrained")
-    panels = figure.subplots(1, len(everything), squeeze=False)[0]
-    for axes, (model, results) in zip(panels, everything.items(), strict=True):
-        for name, result in results.items():
-            color = f"C{list(WAYS).index(name)}"
-            draw_seeds(axes, result.curves, "-", color, name)
-            if result.shorter is not None:
-                draw_seeds(axes, result.shorter, "--", color, f"{name}, 2/3 of the steps")
-        loss = results[RECIPE].final.mean()
-        axes.axhline(loss, color="gray", linewidth=0.8, linestyle=":")
-        axes.set(title=model, xlabel="tokens read", ylim=(None, loss + 1.5))
-        axes.xaxis.set_major_formatter(EngFormatter())
+def draw(results: dict[str, Result], picture: Path):
+    """Final loss over the share of AdamW's tokens, a panel for each size."""
+    figure = Figure(figsize=(4.5 * len(results), 4), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (model, result) in zip(panels, results.items(), strict=True):
+        for i, (name, reference) in enumerate(result.references.items()):
+            losses = reference.losses
+            axes.axhline(np.mean(losses), color=f"C{i}", linestyle="--", label=f"{name}, all steps")
+            axes.axhspan(min(losses), max(losses), color=f"C{i}", alpha=0.2, linewidth=0)
+        shares = list(result.ours)
+        losses = np.array(list(result.ours.values()))
+        axes.plot(shares, losses.mean(1), "o-", color="C2", label="ours")
+        axes.fill_between(shares, losses.min(1), losses.max(1), color="C2", alpha=0.2, linewidth=0)
+        axes.set(title=model, xlabel="share of AdamW's tokens")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.supylabel("validation loss (nats per token)")
+    figure.supylabel("final validation loss (nats per token)")
     figure.savefig(picture, dpi=120)
-
-
-def draw_seeds(axes, curves: np.ndarray, style: str, color: str, label: str):
-    """The mean of the seeds' curves, and a band from the lowest to the highest of them."""
-    tokens = curves[0, 0]
-    losses = curves[:, 1]
-    axes.plot(tokens, losses.mean(0), style, color=color, label=label)
-    axes.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
 
 
 if __name__ == "__main__":
     o = cli.parse(Options, __doc__)
-    tasks = []
-    for model in o.sizes:
-        tasks += [(model, name) for name in reversed(SIZES[model].ways)]  # the longest first
+    references = {}
+    ours = {}
     with ThreadPoolExecutor(o.jobs) as pool:
-        found = list(pool.map(lambda task: learn(o, *task), tasks))
-    result_of = dict(zip(tasks, found, strict=True))
-    everything = {}
+        for model in o.sizes:  # all are begun here, the longest first
+            for name in (ADAMW, ADAMW_PLUS):
+                references[model, name] = pool.submit(tune, o, model, name)
+            for share in reversed(SHARES):
+                for seed in SEEDS:
+                    ours[model, share, seed] = pool.submit(final_loss, o, model, OURS, None, seed,
+                                                           share)
+    results = {}
     for model in o.sizes:
-        everything[model] = {name: result_of[model, name] for name in SIZES[model].ways}
-        measure_steps(o, model, everything[model])
-    text = report(everything)
+        of_size = {name: references[model, name].result() for name in (ADAMW, ADAMW_PLUS)}
+        losses = {}
+        for share in SHARES:
+            losses[share] = [ours[model, share, seed].result() for seed in SEEDS]
+        rates = {name: reference.rate for name, reference in of_size.items()} | {OURS: None}
+        results[model] = Result(of_size, losses, seconds_of_steps(o, model, rates))
+    text = report(results)
     print(text)
     (ROOT / "bench" / "LEARNING.md").write_text(text)
-    (ROOT / "assets").mkdir(exist_ok=True)
-    draw(everything, ROOT / "assets" / "learning.png")
+    draw(results, ROOT / "assets" / "learning.png")

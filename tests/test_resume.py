@@ -90,7 +90,7 @@ def test_resuming_is_exact_under_any_schedule_if_max_iters_stays(
         schedule, tiny, corpus, tmp_path):
     """A checkpoint amid the run is that of a run that is killed after it."""
     options = (*STEADY, f"--schedule={schedule}", "--dtype=float32", "--max_iters=20",
-               f"--dataset={corpus}", f"--init_from={tiny}")
+               "--decay_iters=4", f"--dataset={corpus}", f"--init_from={tiny}")
     train_here(tmp_path, *options)
     expected = outcome(tmp_path)
     out = tmp_path / "out"
@@ -171,7 +171,7 @@ def decayed(tiny, corpus, tmp_path_factory) -> Path:
     """A folder with a run whose learning rate has decayed, from step 16 to 20."""
     folder = tmp_path_factory.mktemp("decayed")
     train_here(folder, *STEADY, "--schedule=wsd", "--dtype=float32", f"--dataset={corpus}",
-               f"--init_from={tiny}", "--max_iters=20")
+               f"--init_from={tiny}", "--max_iters=20", "--decay_iters=4")
     return folder
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_has_decayed_goes_on_from_before_the_decay(decayed, tiny, cor
     refused = run(tmp_path / "longer", "train.py", "--init_from=resume", "--max_iters=40")
     assert refused.returncode == 1
     assert refused.stderr == (
-        "error: out/ckpt.pt is at step 20, where the learning rate has decayed to 0.00027; with "
+        "error: out/ckpt.pt is at step 20, where the learning rate has decayed to 0.0005; with "
         "max_iters 40 it would rise again to 0.002: go on from before the decay, with "
         "--init_from=stable --max_iters=40\n")
     assert contents(out) == saved
@@ -205,7 +205,8 @@ def test_a_run_that_has_decayed_goes_on_from_before_the_decay(decayed, tiny, cor
 def test_extending_amid_the_decay_and_of_a_cosine_is_refused(decayed, tiny, corpus, tmp_path):
     for schedule, step in (("wsd", 18), ("cosine", 18)):
         options = (*STEADY, f"--schedule={schedule}", "--dtype=float32", f"--dataset={corpus}",
-                   f"--init_from={tiny}", f"--out_dir={schedule}", "--eval_interval=18")
+                   f"--init_from={tiny}", f"--out_dir={schedule}", "--eval_interval=18",
+                   "--decay_iters=4")
         train_here(tmp_path, *options, "--max_iters=20")
         out = tmp_path / schedule
         os.replace(out / "ckpt-previous.pt", out / "ckpt.pt")

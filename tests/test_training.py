@@ -114,6 +114,40 @@ def test_the_first_step_is_as_large_as_the_rates_say(optimizer, tiny, corpus, tm
         assert step == pytest.approx(expected, rel=0.25), name
 
 
+@torch.no_grad()
+def test_a_silent_model_begins_as_its_embedding_alone():
+    """Its logits are those of the embedding, normalized; of half of the published one."""
+    model = make(TINY)
+    embedding = model.model.embed_tokens.weight
+    published = embedding.clone()
+    train.begin_silently(model)
+    assert torch.equal(embedding, published / 2)
+    x = ids_of(3, 9)
+    expected = F.linear(model.model.norm(embedding[x]), embedding)
+    torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("init", ["silent", "published"])
+def test_a_run_begins_as_init_says(init, corpus, tmp_path):
+    """In a rate of 0 nothing changes: what is saved is what it began with."""
+    train_here(tmp_path, "--model=nano", f"--init={init}", "--max_iters=1", "--learning_rate=0",
+               "--block_size=16", "--batch_size=1", "--eval_iters=1", "--device=cpu",
+               "--dtype=float32", f"--dataset={corpus}")
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["model"]
+    torch.manual_seed(0)
+    model = SmolLM(PRESETS["nano"])
+    if init == "silent":
+        train.begin_silently(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(saved[name], weight), name
+
+
+@pytest.mark.parametrize(("hidden_size", "scale"), [(192, 9), (288, 4), (384, 2.25), (576, 1),
+                                                    (960, 1), (2048, 1)])
+def test_the_embedding_of_a_narrow_model_learns_faster(hidden_size, scale):
+    assert train.embedding_scale(hidden_size) == scale
+
+
 def test_muon_is_that_of_torch():
     """Two matrices of one shape and others, tall and wide. torch's rounds before it divides by
     the norm."""
@@ -171,13 +205,14 @@ def test_an_evaluation_counts_the_sizes_of_its_batches():
 # ---- Schedules and options
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [  # step: share of the peak
-    ("wsd", {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 1, 85: 0.5, 99: 1 - math.sqrt(19 / 20)}),
-    ("cosine", {0: 0.1, 9: 1, 10: 1, 55: 0.5, 99: (1 + math.cos(math.pi * 89 / 90)) / 2}),
-    ("constant", {0: 0.1, 9: 1, 50: 1, 99: 1})])
-def test_schedules(schedule, expected):
+@pytest.mark.parametrize(("schedule", "shape", "expected"), [  # step: share of the peak
+    ("wsd", "linear", {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 1, 85: 0.75, 99: 1 / 20}),
+    ("wsd", "sqrt", {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 1, 85: 0.5, 99: 1 - math.sqrt(19 / 20)}),
+    ("cosine", "linear", {0: 0.1, 9: 1, 55: 0.5, 99: (1 + math.cos(math.pi * 89 / 90)) / 2}),
+    ("constant", "linear", {0: 0.1, 9: 1, 50: 1, 99: 1})])
+def test_schedules(schedule, shape, expected):
     o = train.Options(max_iters=100, warmup_iters=10, decay_iters=20, learning_rate=0.3,
-                      schedule=schedule)
+                      schedule=schedule, decay_shape=shape)
     for step, share in expected.items():
         assert train.lr_at(step, o) == pytest.approx(0.3 * share, rel=1e-12), step
 
@@ -209,7 +244,10 @@ def test_the_recipe_is_the_published_one():
     assert (o.block_size, o.max_iters) == (2048, 600_000)
     assert (o.weight_decay, o.grad_clip) == (0.01, 1.0)
     assert (o.beta1, o.beta2, o.dataset) == (0.9, 0.95, "smollm-corpus")
-    assert (o.optimizer, o.embedding_lr_scale) == ("adamw", 1)
+    assert (o.optimizer, o.init) == ("adamw", "published")
+    hidden_size = PRESETS[o.model].hidden_size
+    assert o.embedding_lr_scale is None
+    assert train.embedding_scale(hidden_size) == 1
     # steps from 0: warm-up of 5,000, decay by 1 - sqrt in the last 100,000
     expected = {
         0: 3e-3 / 5000, 2499: 1.5e-3, 4999: 3e-3, 5000: 3e-3, 499_999: 3e-3, 500_000: 3e-3,
@@ -219,8 +257,7 @@ def test_the_recipe_is_the_published_one():
         assert train.lr_at(step, o) == pytest.approx(rate, rel=1e-12), step
 
 
-NANO = dict(max_iters=350, batch_size=16, block_size=256, learning_rate=3e-3,
-            embedding_lr_scale=6.0)
+NANO = dict(max_iters=350, batch_size=16, block_size=256)
 
 
 def test_nano_trains_with_what_is_best_for_it():
@@ -239,18 +276,14 @@ def test_the_command_line_goes_before_what_is_best_for_a_model():
     """Even where it asks for what is the default of other models."""
     default = train.Options()
     o, said = options_of("--model=nano", "--seed=7", "--batch_size=4",
-                         f"--block_size={default.block_size}",
-                         f"--learning_rate={default.learning_rate}")
-    assert (o.seed, o.batch_size) == (7, 4)
-    assert (o.block_size, o.learning_rate) == (default.block_size, default.learning_rate)
-    assert (o.max_iters, o.embedding_lr_scale) == (350, 6)
+                         f"--block_size={default.block_size}")
+    assert (o.seed, o.batch_size, o.block_size) == (7, 4, default.block_size)
+    assert o.max_iters == 350
     of_model, given = said.split("; given: ")
     assert set(of_model.removeprefix("options of nano: ").split()) == {
-        "--model=nano", "--embedding_lr_scale=6.0", "--max_iters=350",
-        f"--eval_interval={o.eval_interval}"}
+        "--model=nano", "--max_iters=350", f"--eval_interval={o.eval_interval}"}
     assert set(given.split()) == {
-        "--seed=7", "--batch_size=4", f"--block_size={default.block_size}",
-        f"--learning_rate={default.learning_rate}"}
+        "--seed=7", "--batch_size=4", f"--block_size={default.block_size}"}
 
 
 @pytest.mark.parametrize("model", [name for name in PRESETS if name not in ("nano", "micro")])
@@ -273,10 +306,10 @@ def test_checkpoints_of_earlier_versions_have_these_options():
     assert names == {
         "out_dir", "overwrite", "init_from", "model", "dataset", "dataset_config", "text_column",
         "encoding_errors", "separator", "max_tokens", "tokenizer", "block_size", "batch_size",
-        "gradient_accumulation_steps", "optimizer", "max_iters", "learning_rate",
-        "embedding_lr_scale", "schedule", "warmup_iters", "decay_iters", "weight_decay", "beta1",
-        "beta2", "grad_clip", "eval_interval", "eval_iters", "log_interval", "sample_prompt",
-        "seed", "device", "dtype", "compile", "overfit"}
+        "gradient_accumulation_steps", "init", "optimizer", "max_iters", "learning_rate",
+        "embedding_lr_scale", "schedule", "decay_shape", "warmup_iters", "decay_iters",
+        "weight_decay", "momentum", "beta1", "beta2", "grad_clip", "eval_interval", "eval_iters",
+        "log_interval", "sample_prompt", "seed", "device", "dtype", "compile", "overfit"}
     assert names > RESUMABLE
 
 
