@@ -85,9 +85,9 @@ class Options:
     warmup_iters: int | None = None  # steps of linear warm-up; None: 2% of max_iters
     decay_iters: int | None = None  # last steps, in which wsd decays; None: 70% of max_iters
     weight_decay: float = 0.01  # of matrices; norms don't decay
-    momentum: float = 0.9  # of Muon
+    momentum: float = 0.85  # of Muon
     beta1: float = 0.8  # of AdamW
-    beta2: float = 0.98  # of AdamW
+    beta2: float = 0.99  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: don't clip
 
     # what is shown

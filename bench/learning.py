@@ -4,9 +4,9 @@
     python bench/learning.py --sizes nano     # one of them
 
 Every run is one of train.py, in bfloat16, that ends: its learning rate falls to 0, and its loss is
-that of the whole held-out text. AdamW trains as published, and again with all that is ours but Muon
-(AdamW+). Each tries learning rates with the first seed, in steps of sqrt 2, until the best is
-inside, and trains with it from the other seeds. Our defaults, untuned, have a share of the steps.
+that of the whole held-out text. AdamW trains as published, at the best of bench/sweep.py's rates,
+and with all that is ours but Muon (AdamW+), at rates in steps of sqrt 2, tried with the first seed
+until the best is inside. Our defaults, untuned, have a share of the steps.
 At last all train in turn, each alone on the machine, for the time of a step. Writes
 bench/LEARNING.md and assets/learning.png. What is in --runs is not run again, so the command can be
 stopped, and goes on.
@@ -63,7 +63,7 @@ WAYS = {
 class Size:
     """How a model is trained."""
     steps: int  # of AdamW
-    rates: dict[str, tuple[float, ...]]  # the learning rates that a way begins with
+    rates: dict[str, tuple[float, ...]]  # the learning rates that a way begins with, or the best
     batch_size: int = 16
     block_size: int = 128
     timed_steps: int = 8  # of a run for the time of a step
@@ -71,10 +71,10 @@ class Size:
 
 ROOT_2 = math.sqrt(2)
 SIZES = {
-    "nano": Size(600, {ADAMW: (3e-3 / ROOT_2, 3e-3, 3e-3 * ROOT_2),
-                       ADAMW_PLUS: (1.5e-3, 3e-3 / ROOT_2, 3e-3)}, timed_steps=40),
-    "micro": Size(160, {ADAMW: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2),
-                        ADAMW_PLUS: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2)}, timed_steps=20),
+    "nano": Size(600, {ADAMW: (3e-3,), ADAMW_PLUS: (1.5e-3, 3e-3 / ROOT_2, 3e-3)},
+                 timed_steps=40),
+    "micro": Size(160, {ADAMW: (1.5e-3,), ADAMW_PLUS: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2)},
+                  timed_steps=20),
 }
 
 
@@ -145,13 +145,16 @@ class Reference:
 
 
 def tune(o: Options, model: str, name: str) -> Reference:
-    """Find the best learning rate with the first seed, and train with it from all."""
+    """Find the best of several learning rates with the first seed, and train with it from all."""
     rates = list(SIZES[model].rates[name])
+    is_known = len(rates) == 1
     tried = {}
     while len(tried) < len(rates):
         for rate in rates[len(tried):]:
             tried[rate] = final_loss(o, model, name, rate, SEEDS[0])
         best = min(tried, key=tried.get)
+        if is_known:
+            break
         if best == min(rates):
             rates.append(best / ROOT_2)
         elif best == max(rates):
