@@ -9,6 +9,8 @@ far slower in it than in float32.
 
 import torch
 
+from lib import ranks
+
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
     """Nearly U V^T of each of matrices U S V^T (..., rows, columns), by matmuls in dtype.
@@ -47,17 +49,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:  # each has matrices of one shape
-            # a GPU wants much at once, a CPU's cache is small
-            size = 8 if group["params"][0].is_cuda else 1
+            # a GPU wants much at once, a CPU's cache is small; ranks share it
+            size = (8 if group["params"][0].is_cuda else 1) * ranks.world_size()
             for i in range(0, len(group["params"]), size):
                 self.step_together(group["params"][i:i + size], group)
 
     def step_together(self, matrices: list, group: dict):
         stack = torch.stack([self.look_ahead(matrix, group) for matrix in matrices])
-        updates = orthogonalize(stack.squeeze(0), self.dtype)  # a stack of one takes longer
-        for matrix, update in zip(matrices, updates.reshape(stack.shape), strict=True):
+        updates = ranks.share(self.orthogonalize, stack)
+        for matrix, update in zip(matrices, updates, strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape)**0.5)
+
+    def orthogonalize(self, stack: torch.Tensor) -> torch.Tensor:
+        alone = stack.squeeze(0)  # a stack of one takes longer than its matrix
+        return orthogonalize(alone, self.dtype).reshape(stack.shape)
 
     def look_ahead(self, matrix, group: dict) -> torch.Tensor:
         """Nesterov's momentum, in which the newest gradient counts once more."""

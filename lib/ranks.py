@@ -1,6 +1,7 @@
 """torchrun's processes, the ranks: which one this is, and how they meet. Alone, a process is rank 0
 of one, and everything here works as well."""
 
+import math
 import os
 from datetime import timedelta
 
@@ -40,6 +41,20 @@ def all_reduce(x: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(x, operation)
     return x
+
+
+def share(function, stack: torch.Tensor) -> torch.Tensor:
+    """function(stack), for one that treats each of stack (N, ...) by itself: each rank does a part,
+    and gets those of the others."""
+    if world_size() == 1:
+        return function(stack)
+    size = math.ceil(len(stack) / world_size())
+    missing = size * world_size() - len(stack)
+    stack = torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])])
+    part = function(stack[rank() * size:(rank() + 1) * size]).contiguous()
+    parts = [torch.empty_like(part) for _ in range(world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)[:len(stack) - missing]
 
 
 def largest(number: int, device: torch.device) -> int:

@@ -179,6 +179,17 @@ distributed.destroy_process_group()
 """
 
 
+def run_on_two_ranks(script: str, folder: Path):
+    (folder / "rank.py").write_text(script)
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+             "PYTHONPATH": str(ROOT)}
+    processes = []
+    for rank in "01":
+        processes.append(subprocess.Popen([sys.executable, "rank.py"], cwd=folder,
+                                          env=os.environ | where | {"RANK": rank}))
+    assert [process.wait(100) for process in processes] == [0, 0]
+
+
 def test_distributed_loss_and_gradient_are_the_mean_over_all_valid_tokens(tmp_path):
     """Four micro-batches of 2 sequences, unevenly masked, on two ranks and on one."""
     ids = ids_of(8, 21)
@@ -187,14 +198,7 @@ def test_distributed_loss_and_gradient_are_the_mean_over_all_valid_tokens(tmp_pa
     y[0, 3:] = -100
     y[2:5] = -100
     torch.save((x, y, asdict(TINY), make(TINY).state_dict()), tmp_path / "given.pt")
-    (tmp_path / "rank.py").write_text(RANK)
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-             "PYTHONPATH": str(ROOT)}
-    processes = []
-    for rank in "01":
-        processes.append(subprocess.Popen([sys.executable, "rank.py"], cwd=tmp_path,
-                                          env=os.environ | where | {"RANK": rank}))
-    assert [process.wait(100) for process in processes] == [0, 0]
+    run_on_two_ranks(RANK, tmp_path)
     model = make(TINY)
     _, loss = model(x, targets=y)
     loss.backward()
@@ -203,6 +207,47 @@ def test_distributed_loss_and_gradient_are_the_mean_over_all_valid_tokens(tmp_pa
         torch.testing.assert_close(found, loss.detach(), rtol=1e-6, atol=0)
         for p, gradient in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
+
+
+SHAPES = [(48, 80), (48, 80), (48, 80), (16, 48), (80, 48), (80, 48)]
+MUON_STEPS = """
+import torch
+from torch import distributed
+from lib import muon
+
+def take_steps(shapes) -> tuple[list, int]:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer = muon.Muon(matrices, 0.1, 0.1, torch.float32)
+    done = []
+    orthogonalize = muon.orthogonalize
+    muon.orthogonalize = lambda x, dtype: (done.append(x), orthogonalize(x, dtype))[1]
+    for _ in range(3):
+        for p in matrices:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    muon.orthogonalize = orthogonalize
+    return [p.detach() for p in matrices], len(done)
+"""
+SHARED_MUON = MUON_STEPS + f"""
+distributed.init_process_group("gloo")
+torch.save(take_steps({SHAPES}), f"{{distributed.get_rank()}}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_ranks_share_the_work_of_muon_and_come_to_what_one_does(tmp_path):
+    """Of one shape there are more matrices than ranks, of another fewer."""
+    alone = {}
+    exec(MUON_STEPS, alone)
+    expected, count = alone["take_steps"](SHAPES)
+    assert count == 3 * len(SHAPES)
+    run_on_two_ranks(SHARED_MUON, tmp_path)
+    for rank in "01":
+        found, shared_count = torch.load(tmp_path / f"{rank}.pt")
+        assert shared_count == 3 * (2 + 1 + 1)
+        for p, q in zip(found, expected, strict=True):
+            assert torch.equal(p, q)
 
 
 # ---- torchrun itself
