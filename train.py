@@ -76,7 +76,9 @@ class Options:
     init: Literal["silent", "published"] = "silent"
     optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
-    learning_rate: float = 3e-3  # the peak, for Muon and AdamW; if AdamW has all, 1e-3 is better
+
+    # the peak, for Muon and AdamW; if AdamW has all, 1e-3 is better, after a warm-up of 10%
+    learning_rate: float = 3e-3
 
     # the embedding's learning rate, as a multiple of that; None: (576 / hidden_size)^2, at least 1
     embedding_lr_scale: float | None = None

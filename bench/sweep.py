@@ -28,6 +28,7 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import cli
 from lib.data import WINDOW, Source, block_at, prepare_data
+from lib.muon import orthogonalize
 from smollm import PRESETS, SmolLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +58,6 @@ class Trial:
     beta2: float = 0.95
     momentum: float = 0.95  # of Muon, and the rest
     momentum_warmup: float = 0.0  # from 0.85
-    newton_schulz: int = 5  # steps
-    polar: bool = False  # of them with the factors of Polar Express (arXiv:2505.16932)
     normuon: float = 0.0  # beta2 of NorMuon's second moment of rows (arXiv:2510.05491); 0: none
     cautious: bool = False  # decay only weights that the update brings nearer to zero
     average: float = 0.0  # the model is the mean of the weights after so many of the last steps
@@ -66,28 +65,7 @@ class Trial:
 
 
 # trials that are stacked share these
-STRUCTURE = ["model", "optimizer", "batch_size", "block_size", "newton_schulz", "polar"]
-POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933),
-         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-         (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-         (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-         (2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
-JORDAN = [(3.4445, -4.7750, 2.0315)] * 9
-
-
-def orthogonalize(x: torch.Tensor, steps: int, polar: bool) -> torch.Tensor:
-    factors = POLAR if polar else JORDAN
-    x = x / (x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7) * (1.02 if polar else 1))
-    x = x.bfloat16()
-    is_tall = x.size(-2) > x.size(-1)
-    if is_tall:
-        x = x.mT
-    for a, b, c in factors[:steps]:
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    if is_tall:
-        x = x.mT
-    return x.float()
+STRUCTURE = ["model", "optimizer", "batch_size", "block_size"]
 
 
 def rate_at(step: int, t: Trial) -> float:
@@ -138,8 +116,10 @@ class Stack:
         self.model = models[0].to("meta")
         for block in self.model.model.layers:
             block.self_attn.attend = attend
+        # AdamW's two moments; of Muon's matrices the first is the momentum
         self.state = {name: [torch.zeros_like(p) for _ in range(2)]
                       for name, p in self.weights.items()}
+        # NorMuon's second moments of rows
         self.rows = {name: torch.zeros(*p.shape[:2], 1, device=device)
                      for name, p in self.weights.items() if p.dim() == 3}
         self.val_blocks = self.cut(tokens["val"], first.block_size)
@@ -151,7 +131,7 @@ class Stack:
                 values = [float(getattr(t, name)) for t in trials]
                 self.values[name] = torch.tensor(values, device=device)
 
-        def loss(weights, x, y):
+        def loss(weights, x, y):  # of one model
             with torch.autocast(device.type, torch.bfloat16):
                 return functional_call(self.model, weights, (x, y))[1]
 
@@ -161,10 +141,10 @@ class Stack:
         self.shares = shares.to(device)
         momenta = torch.tensor([[momentum_at(k, t) for t in trials] for k in range(self.steps)])
         self.momenta = momenta.to(device)
-        self.sum = None
+        self.sum = None  # of the weights that are averaged
         if any(t.average for t in trials):
             self.sum = {name: torch.zeros_like(p) for name, p in self.weights.items()}
-        self.delta = None
+        self.delta = None  # the running mean of updates, where look_ahead needs it
         if any(t.look_ahead for t in trials):
             self.delta = {name: torch.zeros_like(p) for name, p in self.weights.items()}
 
@@ -179,14 +159,16 @@ class Stack:
                 block.mlp.down_proj.weight.zero_()
         return model
 
-    def cut(self, tokens, size: int):
+    @staticmethod
+    def cut(tokens, size: int) -> list:
+        """All of tokens in batches (x, y) of up to 16 blocks."""
         count = (len(tokens) - 1) // size
         x = tokens[:count * size].view(count, size)
         y = tokens[1:count * size + 1].view(count, size)
         return [(x[i:i + 16], y[i:i + 16]) for i in range(0, count, 16)]
 
-    def order(self, tokens: dict, first: Trial):
-        """Where the sequences begin, (trials, steps, batch_size): train.py's own order."""
+    def order(self, tokens: dict, first: Trial) -> torch.Tensor:
+        """Where the sequences begin, (trials, steps, batch_size), in train.py's order."""
         num_blocks = (len(tokens["train"]) - 1) // first.block_size
         of_seed = {}
         for seed in {t.seed for t in self.trials}:
@@ -206,6 +188,7 @@ class Stack:
 
     @torch.no_grad()
     def step(self, k: int):
+        """A training step of all, k counted from 0."""
         first = self.trials[0]
         offsets = torch.arange(first.block_size + 1, device=self.device)
         sequences = self.train_tokens[self.starts[:, k, :, None] + offsets]
@@ -241,6 +224,7 @@ class Stack:
                 self.sum[name] += p * self.as_tall(begins, p)
 
     def adamw(self, name: str, g: torch.Tensor, k: int):
+        """A parameter of all trials, with its gradient g."""
         p = self.weights[name]
         mean, square = self.state[name]
         beta1 = self.get("beta1", p)
@@ -256,15 +240,14 @@ class Stack:
         p.sub_(lr * mean / (1 - beta1**(k + 1)) / root)
 
     def muon(self, group: list, k: int):
-        """Matrices of one shape (trials, rows, columns)."""
+        """Matrices of one shape (trials, rows, columns): their names and gradients."""
         ahead = []
         for name, g in group:
             mean = self.state[name][0]
             momentum = self.as_tall(self.momenta[k], g)
             mean.mul_(momentum).add_(g * (1 - momentum))
             ahead.append(g * (1 - momentum) + mean * momentum)
-        first = self.trials[0]
-        updates = orthogonalize(torch.stack(ahead), first.newton_schulz, first.polar)
+        updates = orthogonalize(torch.stack(ahead), torch.bfloat16).float()
         for (name, _), u in zip(group, updates, strict=True):
             p = self.weights[name]
             rows = self.rows[name]
@@ -404,8 +387,8 @@ class Lab:
                 variants += [(name, value) for value in values if value != getattr(base, name)]
             trials = [base] + [replace(base, **{name: value}) for name, value in variants]
             losses = self.mean(trials)
-            self.say(f"From {describe(base)}: {losses[0]:.3f}. By one change:\n")
-            self.say("| setting | value | loss |\n|---|---|---|")
+            self.say(f"From {describe(base)}: {losses[0]:.3f}. One thing changed:\n")
+            self.say("| setting | value | change of the loss |\n|---|---|---|")
             best = {}  # setting: the gain, and the value that brings it
             for (name, value), loss in zip(variants, losses[1:], strict=True):
                 self.say(f"| {name} | {say_value(value)} | {loss - losses[0]:+.3f} |")
@@ -464,7 +447,7 @@ CHOICES_OF_MUON = CHOICES | {
     "normuon": (0.0, 0.95),
     "look_ahead": (0.0, 1.0),
 }
-OURS = dict(std=0.02, zero=True, decay=0.7, linear=True)  # what the issue's pilots had found
+OURS = dict(std=0.02, zero=True, decay=0.7, linear=True)  # where the searches begin
 
 
 def nano_muon(lab: Lab):
@@ -529,5 +512,7 @@ if __name__ == "__main__":
         except TimeoutError:
             lab.say("Time was over here.\n")
         pages.append("\n".join(lab.page))
-    text = "# How the defaults were found\n\n" + "\n".join(pages)
-    (ROOT / "bench" / "SWEEP.md").write_text(text)
+    header = ("# How the defaults were found\n\nWritten by `python bench/sweep.py`. Settings are "
+              "those of its Trial: shares are of the steps, std 0 is 1/sqrt(hidden_size). A loss "
+              "in a search is the mean of two seeds.\n\n")
+    (ROOT / "bench" / "SWEEP.md").write_text(header + "\n".join(pages))

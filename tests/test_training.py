@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import train
+from bench import sweep
 from lib.data import WINDOW, block_at
 from lib.device import fastest, flops_per_token
 from lib.muon import Muon, orthogonalize
@@ -200,6 +201,34 @@ def test_an_evaluation_counts_the_sizes_of_its_batches():
     assert last < expected - 1
     batches = [(x[:4], y[:4]), (x[4:6], y[4:6]), (x[6:], y[6:])]
     assert train.evaluate(loss_model, batches, nullcontext()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_models_of_bench_sweep_train_as_those_of_train_py(
+        optimizer, corpus, tmp_path, monkeypatch):
+    """Two in a stack, one of them for fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    silent = sweep.Trial("nano", optimizer, 5, batch_size=4, block_size=32, zero=True, decay=0.6,
+                         std=0.5 / math.sqrt(192), linear=True, beta1=0.8, beta2=0.99,
+                         momentum=0.85, lr=2e-3, embedding_lr=0.018, warmup=0.2)
+    published = replace(silent, steps=3, std=0.0, zero=False, linear=False, seed=1, decay=1 / 3,
+                        warmup=1 / 3)
+    lab = sweep.Lab(sweep.Options(device="cpu", dataset=str(corpus)), "plan", "nano", steps=5,
+                    batch_size=4, block_size=32)
+    found = lab.run([published, silent])
+    assert lab.run([published, silent]) == found
+    common = (f"--optimizer={optimizer}", "--model=nano", f"--dataset={corpus}", "--batch_size=4",
+              "--block_size=32", "--learning_rate=2e-3", "--eval_iters=9999", "--device=cpu",
+              "--dtype=bfloat16", "--warmup_iters=1")
+    train_here(tmp_path, *common, "--max_iters=5", "--decay_iters=3", "--out_dir=silent")
+    train_here(tmp_path, *common, "--max_iters=3", "--decay_iters=1", "--out_dir=published",
+               "--init=published", "--decay_shape=sqrt", "--seed=1")
+    expected = []
+    for name in ("published", "silent"):
+        curve = read_curve(tmp_path / name / "metrics.jsonl")
+        expected.append([entry["val_loss"] for entry in curve if "val_loss" in entry][-1])
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert expected[0] > expected[1] + 0.3
 
 
 # ---- Schedules and options
