@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import train
 from bench import sweep
+from lib import cli
 from lib.data import WINDOW, block_at
 from lib.device import fastest, flops_per_token
 from lib.muon import Muon, orthogonalize
@@ -460,7 +461,45 @@ def test_a_step_that_overflows_in_float16_is_left_out_by_both_optimizers(
     assert after["scaler"]["scale"] == 2**15
 
 
-# ---- The whole, beside transformers
+# ---- The whole, beside a plain loop and transformers
+
+
+def blocks_of(tokens, number: int, size: int) -> list[int]:
+    """The blocks of size tokens that a run reads first, in its order."""
+    num_blocks = (len(tokens) - 1) // size
+    return [block_at(0, i, num_blocks, WINDOW // size) for i in range(number)]
+
+
+def test_the_published_recipe_is_a_plain_loop_of_adamw_bit_for_bit(corpus, tmp_path):
+    """Of nano, in 8 steps: 2 of warm-up, 2 at the peak, 4 of decay."""
+    options = cli.difference(recipe(), train.Options())
+    options |= dict(model="nano", dataset=corpus, embedding_lr_scale=1, block_size=32, batch_size=4,
+                    gradient_accumulation_steps=1, max_iters=8, warmup_iters=2, decay_iters=4,
+                    eval_iters=1, device="cpu", dtype="float32")
+    train_here(tmp_path, *[f"--{name}={value}" for name, value in options.items()])
+    found = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["model"]
+
+    torch.manual_seed(0)
+    model = SmolLM(PRESETS["nano"])
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    tokens = tokens_in(data_folder(tmp_path), "train").astype(np.int64)
+    blocks = blocks_of(tokens, 32, 32)
+    rates = [1.5e-3, 3e-3, 3e-3, 3e-3, 3e-3]
+    rates += [3e-3 * (1 - math.sqrt(done / 4)) for done in (1, 2, 3)]
+    for step, rate in enumerate(rates):
+        rows = torch.from_numpy(np.stack([tokens[32 * b:32 * b + 33]
+                                          for b in blocks[4 * step:4 * step + 4]]))
+        model(rows[:, :-1], targets=rows[:, 1:])[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found[name], weight), name
 
 
 class Reference(Trainer):
@@ -503,14 +542,11 @@ def test_training_gives_the_loss_curve_of_transformers(broken, tokenizer, corpus
     train_here(
         tmp_path, "--init_from=hf", f"--dataset={corpus}", "--optimizer=adamw", "--max_iters=50",
         "--batch_size=4", "--gradient_accumulation_steps=2", "--block_size=32",
-        "--learning_rate=3e-3", "--schedule=constant", "--warmup_iters=0", "--weight_decay=0.1",
-        "--eval_iters=1", "--log_interval=1", "--device=cpu", "--dtype=float32", before=broken)
+        "--learning_rate=3e-3", "--embedding_lr_scale=1", "--beta1=0.9", "--beta2=0.95",
+        "--schedule=constant", "--warmup_iters=0", "--weight_decay=0.1", "--eval_iters=1",
+        "--log_interval=1", "--device=cpu", "--dtype=float32", before=broken)
     tokens = tokens_in(data_folder(tmp_path), "train").astype(np.int64)
-    num_blocks = (len(tokens) - 1) // 32
-    rows = []
-    for number in range(50 * 8):
-        start = 32 * block_at(0, number, num_blocks, WINDOW // 32)
-        rows.append(tokens[start:start + 33])
+    rows = [tokens[32 * block:32 * block + 33] for block in blocks_of(tokens, 50 * 8, 32)]
     expected = reference_losses(tmp_path / "hf", np.stack(rows), tmp_path)
     found = losses_in(tmp_path)
     assert expected[0] - expected[-1] > 1
