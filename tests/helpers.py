@@ -28,13 +28,15 @@ TINY_1000 = replace(TINY, vocab_size=1000)  # for the tokenizer of the tests
 
 # A nano model in steps of 4 micro-batches, every one logged
 SMALL = ("--model=nano", "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=4",
-         "--max_iters=12", "--eval_interval=250", "--eval_iters=2", "--embedding_lr_scale=1",
-         "--learning_rate=2e-3", "--log_interval=1", "--device=cpu", "--dtype=float32")
+         "--max_iters=12", "--decay_iters=2", "--eval_interval=250", "--eval_iters=2",
+         "--embedding_lr_scale=1", "--learning_rate=2e-3", "--log_interval=1", "--device=cpu",
+         "--dtype=float32")
 # A constant learning rate, so that a run may end anywhere and go on; with less text than is read,
 # for several epochs
-STEADY = ("--schedule=constant", "--warmup_iters=3", "--learning_rate=2e-3", "--block_size=32",
-          "--batch_size=4", "--max_tokens=3000", "--sample_prompt=", "--log_interval=1",
-          "--eval_iters=1", "--eval_interval=10", "--device=cpu")
+STEADY = ("--schedule=constant", "--warmup_iters=3", "--learning_rate=2e-3",
+          "--embedding_lr_scale=1", "--block_size=32", "--batch_size=4", "--max_tokens=3000",
+          "--sample_prompt=", "--log_interval=1", "--eval_iters=1", "--eval_interval=10",
+          "--device=cpu")
 
 
 # Each is 5 tokens long for SmolLM's tokenizer, so that they make a batch

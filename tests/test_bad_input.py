@@ -24,7 +24,7 @@ BAD = {  # what is said: the command
         "train.py --out_dir=new --model=nano --dataset=cut.pt",
     "model is nano, but out/ckpt.pt brings its own":
         "train.py --out_dir=new --init_from=out/ckpt.pt --model=nano",
-    "out/ckpt.pt is at step 12, where the learning rate has decayed to 0.00059":
+    "out/ckpt.pt is at step 12, where the learning rate has decayed to 0.001":
         "train.py --init_from=resume --max_iters=40",
     "out/ckpt-stable.pt does not exist": "train.py --init_from=stable --max_iters=40",
     "out: can't be read: it has no config.json: this is the folder of a run: name its ckpt.pt":

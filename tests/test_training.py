@@ -144,8 +144,8 @@ def test_a_run_begins_as_init_says(init, corpus, tmp_path):
         assert torch.equal(saved[name], weight), name
 
 
-@pytest.mark.parametrize(("hidden_size", "scale"), [(192, 9), (288, 4), (384, 2.25), (576, 1),
-                                                    (960, 1), (2048, 1)])
+@pytest.mark.parametrize(("hidden_size", "scale"), [(64, 9), (192, 9), (288, 4), (384, 2.25),
+                                                    (576, 1), (960, 1), (2048, 1)])
 def test_the_embedding_of_a_narrow_model_learns_faster(hidden_size, scale):
     assert train.embedding_scale(hidden_size) == scale
 
