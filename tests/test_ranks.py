@@ -221,7 +221,12 @@ def take_steps(shapes) -> tuple[list, int]:
     optimizer = muon.Muon(matrices, 0.1, 0.1, torch.float32)
     done = []
     orthogonalize = muon.orthogonalize
-    muon.orthogonalize = lambda x, dtype: (done.append(x), orthogonalize(x, dtype))[1]
+
+    def counted(stack, dtype):
+        done.extend(stack[..., 0, 0].flatten())  # a number of each matrix
+        return orthogonalize(stack, dtype)
+
+    muon.orthogonalize = counted
     for _ in range(3):
         for p in matrices:
             p.grad = torch.randn(p.shape, generator=generator)

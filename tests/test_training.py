@@ -80,9 +80,12 @@ def test_each_weight_has_one_optimizer_and_norms_do_not_decay(optimizer):
     model = make(TINY)
     names = {p: name for name, p in model.named_parameters()}
     o = train.Options(optimizer=optimizer, weight_decay=0.1, embedding_lr_scale=7.0,
-                      dtype="float32")
+                      momentum=0.7, dtype="float32")
     found = {}
-    for each in train.make_optimizers(model, o):
+    optimizers = train.make_optimizers(model, o)
+    if optimizer == "muon":
+        assert {group["momentum"] for group in optimizers[1].param_groups} == {0.7}
+    for each in optimizers:
         for group in each.param_groups:
             for p in group["params"]:
                 assert names[p] not in found
@@ -212,7 +215,7 @@ def test_models_of_bench_sweep_train_as_those_of_train_py(
     silent = sweep.Trial("nano", optimizer, 5, batch_size=4, block_size=32, zero=True, decay=0.6,
                          std=0.5 / math.sqrt(192), linear=True, beta1=0.8, beta2=0.99,
                          momentum=0.85, lr=2e-3, embedding_lr=0.018, warmup=0.2)
-    published = replace(silent, steps=3, std=0.0, zero=False, linear=False, seed=1, decay=1 / 3,
+    published = replace(silent, steps=3, std=0.0, zero=False, linear=False, seed=1, decay=2 / 3,
                         warmup=1 / 3)
     lab = sweep.Lab(sweep.Options(device="cpu", dataset=str(corpus)), "plan", "nano", steps=5,
                     batch_size=4, block_size=32)
@@ -222,7 +225,7 @@ def test_models_of_bench_sweep_train_as_those_of_train_py(
               "--block_size=32", "--learning_rate=2e-3", "--eval_iters=9999", "--device=cpu",
               "--dtype=bfloat16", "--warmup_iters=1")
     train_here(tmp_path, *common, "--max_iters=5", "--decay_iters=3", "--out_dir=silent")
-    train_here(tmp_path, *common, "--max_iters=3", "--decay_iters=1", "--out_dir=published",
+    train_here(tmp_path, *common, "--max_iters=3", "--decay_iters=2", "--out_dir=published",
                "--init=published", "--decay_shape=sqrt", "--seed=1")
     expected = []
     for name in ("published", "silent"):
@@ -245,6 +248,13 @@ def test_schedules(schedule, shape, expected):
                       schedule=schedule, decay_shape=shape)
     for step, share in expected.items():
         assert train.lr_at(step, o) == pytest.approx(0.3 * share, rel=1e-12), step
+
+
+def test_warm_up_and_decay_are_shares_of_the_steps_unless_they_are_given():
+    o = train.check_options(train.Options(max_iters=350))
+    assert (o.warmup_iters, o.decay_iters) == (7, 245)
+    o = train.check_options(train.Options(max_iters=350, warmup_iters=0, decay_iters=1))
+    assert (o.warmup_iters, o.decay_iters) == (0, 1)
 
 
 def options_of(*words: str) -> tuple[train.Options, str]:
