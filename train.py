@@ -72,7 +72,7 @@ class Options:
 
     # optimizer; docs/recipe.md has the options of the published recipe
 
-    # silent: the blocks begin by adding nothing; published: as SmolLM's began
+    # from scratch: silent: the blocks begin by adding nothing; published: as SmolLM began
     init: Literal["silent", "published"] = "silent"
     optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; AdamW has the rest
     max_iters: int = 5000  # steps
@@ -148,7 +148,8 @@ def check_options(o: Options) -> Options:
     if o.warmup_iters is None:
         o = replace(o, warmup_iters=o.max_iters // 50)
     if o.decay_iters is None:
-        o = replace(o, decay_iters=o.max_iters * 7 // 10)
+        after_warmup = max(0, o.max_iters - o.warmup_iters)
+        o = replace(o, decay_iters=min(o.max_iters * 7 // 10, after_warmup))
     decay = o.decay_iters if o.schedule == "wsd" else 0
     if o.warmup_iters + decay > o.max_iters:
         raise InputError(f"warmup_iters {o.warmup_iters} and decay_iters {decay} exceed max_iters "
@@ -197,10 +198,12 @@ def check_rate_of_resumed(saved: Options, o: Options, step: int, run: Run):
 
 @torch.no_grad()
 def begin_silently(model: SmolLM):
-    """Let all blocks add nothing at first, for o_proj and down_proj write to the residual stream.
+    """Let all blocks add nothing at first: o_proj and down_proj, which write to the residual
+    stream, are zero.
 
-    What the head then sees is the embedding alone, and the tied head gives each token its own
-    logit: sqrt(hidden_size) as published, half of it with half of the embedding.
+    Then the head sees the embedding alone, and as it is tied, the current token is the likeliest to
+    come next, by a logit of hidden_size * std. Half of the published std, 1/sqrt(hidden_size),
+    makes that small.
     """
     for block in model.model.layers:
         block.self_attn.o_proj.weight.zero_()

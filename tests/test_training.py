@@ -255,6 +255,8 @@ def test_warm_up_and_decay_are_shares_of_the_steps_unless_they_are_given():
     assert (o.warmup_iters, o.decay_iters) == (7, 245)
     o = train.check_options(train.Options(max_iters=350, warmup_iters=0, decay_iters=1))
     assert (o.warmup_iters, o.decay_iters) == (0, 1)
+    o = train.check_options(train.Options(max_iters=350, warmup_iters=150))
+    assert (o.warmup_iters, o.decay_iters) == (150, 200)  # as many as are left
 
 
 def options_of(*words: str) -> tuple[train.Options, str]:
