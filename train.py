@@ -113,7 +113,7 @@ class Options:
 # What suits the small presets. The defaults of Options suit the 135M. For the rates, see
 # docs/learning.md.
 PRESET_OPTIONS = {
-    "nano": dict(block_size=256, batch_size=16, max_iters=350, eval_interval=35),
+    "nano": dict(block_size=128, batch_size=16, max_iters=600, eval_interval=60, eval_iters=20),
     "micro": dict(block_size=256, batch_size=16, max_iters=2000, eval_interval=100),
 }
 OVERFIT_LOSS = 0.05  # near zero

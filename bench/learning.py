@@ -254,9 +254,9 @@ def draw(results: dict[str, Result], picture: Path):
         losses = np.array(list(result.ours.values()))
         axes.plot(shares, losses.mean(1), "o-", color="C2", label="ours")
         axes.fill_between(shares, losses.min(1), losses.max(1), color="C2", alpha=0.2, linewidth=0)
-        axes.set(title=model, xlabel="share of AdamW's tokens")
+        axes.set(title=model, xlabel="share of AdamW's tokens", xticks=shares)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supylabel("final validation loss (nats per token)")
     figure.savefig(picture, dpi=120)
 

@@ -299,7 +299,7 @@ def test_the_recipe_is_the_published_one():
         assert train.lr_at(step, o) == pytest.approx(rate, rel=1e-12), step
 
 
-NANO = dict(max_iters=350, batch_size=16, block_size=256)
+NANO = dict(max_iters=600, batch_size=16, block_size=128, eval_iters=20)
 
 
 def test_nano_trains_with_what_is_best_for_it():
@@ -320,10 +320,11 @@ def test_the_command_line_goes_before_what_is_best_for_a_model():
     o, said = options_of("--model=nano", "--seed=7", "--batch_size=4",
                          f"--block_size={default.block_size}")
     assert (o.seed, o.batch_size, o.block_size) == (7, 4, default.block_size)
-    assert o.max_iters == 350
+    assert o.max_iters == 600
     of_model, given = said.split("; given: ")
     assert set(of_model.removeprefix("options of nano: ").split()) == {
-        "--model=nano", "--max_iters=350", f"--eval_interval={o.eval_interval}"}
+        "--model=nano", "--max_iters=600", f"--eval_interval={o.eval_interval}",
+        "--eval_iters=20"}
     assert set(given.split()) == {
         "--seed=7", "--batch_size=4", f"--block_size={default.block_size}"}
 
