@@ -575,7 +575,9 @@ def test_train_logs_evaluates_and_saves(trained):
     log = (trained / "log.txt").read_text()
     validation = [float(loss) for loss in re.findall(r"\| validation loss ([\d.]+), best", log)]
     assert len(validation) == 4  # at steps 0, 6, 10, where the decay begins, and 12
-    assert validation[0] == pytest.approx(math.log(4096) + 0.5, abs=0.2)
+    # logits of std 0.5, and of the token itself sqrt(hidden_size) / 2
+    others = 4096 * math.exp(0.5**2 / 2)
+    assert validation[0] == pytest.approx(math.log(others + math.exp(192**0.5 / 2)), abs=0.1)
     assert validation[3] < validation[1] < validation[0] - 0.1
     assert list(losses_of(log)) == list(range(1, 13))
     for word in ("lr ", "norm ", "tok/s", "MFU", "perplexity", "bits per byte",
