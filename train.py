@@ -110,8 +110,7 @@ class Options:
     overfit: bool = False  # train on one batch until its loss is near zero; saves nothing
 
 
-# What suits the small presets. The defaults of Options suit the 135M. For the rates, see
-# docs/learning.md.
+# What suits the small presets. The defaults of Options suit the 135M.
 PRESET_OPTIONS = {
     "nano": dict(block_size=128, batch_size=16, max_iters=600, eval_interval=60, eval_iters=20),
     "micro": dict(block_size=256, batch_size=16, max_iters=2000, eval_interval=100),
@@ -203,7 +202,7 @@ def begin_silently(model: SmolLM):
 
     Then the head sees the embedding alone, and as it is tied, the current token is the likeliest to
     come next, by a logit of hidden_size * std. Half of the published std, 1/sqrt(hidden_size),
-    makes that small.
+    halves that.
     """
     for block in model.model.layers:
         block.self_attn.o_proj.weight.zero_()

@@ -26,8 +26,10 @@ import torch
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
 from lib import cli
-from lib.data import WINDOW, Source, block_at, prepare_data
+from lib.data import WINDOW, Source, block_at, get_batch, prepare_data
+from lib.device import pick_device
 from lib.muon import orthogonalize
 from smollm import PRESETS, SmolLM
 
@@ -69,18 +71,17 @@ STRUCTURE = ["model", "optimizer", "batch_size", "block_size"]
 
 
 def rate_at(step: int, t: Trial) -> float:
-    """The learning rate of a step, as a share of the peak. 0 once the trial has ended."""
+    """The learning rate of a step, as a share of the peak: train.py's, but that it may decay to
+    t.end. 0 once the trial has ended."""
     if step >= t.steps:
         return 0.0
-    warmup = round(t.warmup * t.steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    decay = round(t.decay * t.steps)
-    done = (step - (t.steps - decay)) / max(decay, 1)
-    if done <= 0:
-        return 1.0
-    rest = 1 - done if t.linear else 1 - math.sqrt(done)
-    return t.end + (1 - t.end) * rest
+    o = train.Options(max_iters=t.steps, warmup_iters=round(t.warmup * t.steps),
+                      decay_iters=round(t.decay * t.steps), learning_rate=1.0,
+                      decay_shape="linear" if t.linear else "sqrt")
+    share = train.lr_at(step, o)
+    if step > t.steps - o.decay_iters:
+        share = t.end + (1 - t.end) * share
+    return share
 
 
 def momentum_at(step: int, t: Trial) -> float:
@@ -122,7 +123,7 @@ class Stack:
         # NorMuon's second moments of rows
         self.rows = {name: torch.zeros(*p.shape[:2], 1, device=device)
                      for name, p in self.weights.items() if p.dim() == 3}
-        self.val_blocks = self.cut(tokens["val"], first.block_size)
+        self.val_batches = self.cut(tokens["val"], first, device)
         self.train_tokens = tokens["train"]
         self.starts = self.order(tokens, first)
         self.values = {}  # of each setting, (trials,)
@@ -160,12 +161,12 @@ class Stack:
         return model
 
     @staticmethod
-    def cut(tokens, size: int) -> list:
+    def cut(tokens, first: Trial, device) -> list:
         """All of tokens in batches (x, y) of up to 16 blocks."""
-        count = (len(tokens) - 1) // size
-        x = tokens[:count * size].view(count, size)
-        y = tokens[1:count * size + 1].view(count, size)
-        return [(x[i:i + 16], y[i:i + 16]) for i in range(0, count, 16)]
+        count = (len(tokens) - 1) // first.block_size
+        vocab_size = PRESETS[first.model].vocab_size
+        return [get_batch(tokens, range(i, min(i + 16, count)), first.block_size, vocab_size,
+                          device) for i in range(0, count, 16)]
 
     def order(self, tokens: dict, first: Trial) -> torch.Tensor:
         """Where the sequences begin, (trials, steps, batch_size), in train.py's order."""
@@ -274,9 +275,9 @@ class Stack:
                 mean = self.sum[name] / self.as_tall(counts.clamp(min=1), p)
                 weights[name] = torch.where(self.as_tall(counts > 0, p), mean, p)
         total = 0.0
-        for x, y in self.val_blocks:
+        for x, y in self.val_batches:
             total += self.losses(weights, x, y) * y.numel()
-        return (total / sum(y.numel() for _, y in self.val_blocks)).tolist()
+        return (total / sum(y.numel() for _, y in self.val_batches)).tolist()
 
     def train(self) -> list[float]:
         """The validation loss of each trial at its end."""
@@ -294,11 +295,12 @@ class Stack:
 
 @dataclass
 class Options:
-    plans: list[str] = field(default_factory=lambda: list(PLANS))
+    plans: list[Literal["nano-muon", "nano-adamw", "micro", "135m"]] = field(
+        default_factory=lambda: list(PLANS))
     at_once: int = 48  # nano models; of larger ones fewer
-    minutes: float = 60.0  # begin nothing after so long
+    minutes: float = 60.0  # begin nothing of a plan after so long
     dataset: cli.HomePath = "stdlib"
-    device: str = "cuda"
+    device: str = "auto"  # as train.py's
     results: Path = Path("runs/sweep")  # folder of the losses, a file for each plan
 
 
@@ -307,7 +309,7 @@ class Lab:
     def __init__(self, o: Options, plan: str, model: str, steps: int, batch_size: int = 16,
                  block_size: int = 128, at_once: float = 1.0):
         self.o = o
-        self.device = torch.device(o.device)
+        self.device = pick_device(o.device)
         self.deadline = time.monotonic() + 60 * o.minutes
         self.path = o.results / f"{plan}.jsonl"
         self.at_once = max(1, round(o.at_once * at_once))
@@ -326,14 +328,12 @@ class Lab:
         self.page.append(line)
         print(line, flush=True)
 
-    def read_tokens(self) -> dict[str, torch.Tensor]:
+    def read_tokens(self) -> dict:
         source = Source(self.o.dataset, None, "text", "replace", None)
         data = prepare_data(source, None, PRESETS[self.model].vocab_size, self.windows)
-        tokens = {}
-        for split, num_windows in (("train", self.windows), ("val", 1)):
-            read = data.read(split, num_windows).astype(np.int64)
-            tokens[split] = torch.from_numpy(read).to(self.device)
-        return tokens
+        train_tokens = data.read("train", self.windows).astype(np.int64)
+        return {"train": torch.from_numpy(train_tokens).to(self.device),
+                "val": data.read("val", 1)}
 
     def run(self, trials: list[Trial]) -> list[float]:
         """Their losses. TimeoutError where one would begin too late."""
