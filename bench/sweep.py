@@ -79,7 +79,7 @@ def rate_at(step: int, t: Trial) -> float:
                       decay_iters=round(t.decay * t.steps), learning_rate=1.0,
                       decay_shape="linear" if t.linear else "sqrt")
     share = train.lr_at(step, o)
-    if step > t.steps - o.decay_iters:
+    if step >= o.warmup_iters and step > t.steps - o.decay_iters:
         share = t.end + (1 - t.end) * share
     return share
 
