@@ -4,7 +4,7 @@
     python bench/learning.py --sizes nano     # one of them
 
 Every run is one of train.py, in bfloat16, that ends: its learning rate falls to 0, and its loss is
-that of the whole held-out text. AdamW trains as published, at the best of bench/sweep.py's rates,
+that of the whole held-out text. AdamW trains as published, at a rate that bench/sweep.py found,
 and with all that is ours but Muon (AdamW+), at rates in steps of sqrt 2, tried with the first seed
 until the best is inside. Our defaults, untuned, have a share of the steps. At last all train in
 turn, each alone on the machine, for the time of a step. Writes bench/LEARNING.md and
