@@ -4,11 +4,12 @@
     python bench/learning.py --sizes nano     # one of them
 
 Every run is one of train.py, in bfloat16, that ends: its learning rate falls to 0, and its loss is
-that of the whole held-out text. AdamW trains as published, at a rate that bench/sweep.py found,
-and with all that is ours but Muon (AdamW+), at rates in steps of sqrt 2, tried with the first seed
-until the best is inside. Our defaults, untuned, have a share of the steps. At last all train in
-turn, each alone on the machine, for the time of a step. Writes bench/LEARNING.md and
-assets/learning.png. What is in --runs is not run again, so the command can be stopped, and goes on.
+that of the whole held-out text. AdamW trains as published, and with all that is ours but Muon
+(AdamW+). Both have the best of rates in steps of sqrt 2, tried with the first seed until the best
+is inside; nano's as published is from bench/sweep.py. Our defaults, untuned, have a share of the
+steps. At last all train in turn, each alone on the machine, for the time of a step. Writes
+bench/LEARNING.md and assets/learning.png. What is in --runs is not run again, so the command can be
+stopped, and goes on.
 """
 
 import json
@@ -28,6 +29,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
 from lib import cli
 from lib.plot import read_curve
 
@@ -72,8 +74,8 @@ ROOT_2 = math.sqrt(2)
 SIZES = {
     "nano": Size(600, {ADAMW: (3e-3,), ADAMW_PLUS: (1.5e-3, 3e-3 / ROOT_2, 3e-3)},
                  timed_steps=40),
-    "micro": Size(160, {ADAMW: (1.5e-3,), ADAMW_PLUS: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2)},
-                  timed_steps=20),
+    "micro": Size(160, {ADAMW: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2),
+                        ADAMW_PLUS: (1.5e-3 / ROOT_2, 1.5e-3, 1.5e-3 * ROOT_2)}, timed_steps=20),
 }
 
 
@@ -88,8 +90,8 @@ class Options:
 # ---- Runs
 
 
-def train(o: Options, model: str, name: str, rate: float | None, seed: int, steps: int,
-          threads: int, folder: str, log_interval: int = 1000) -> list[dict]:
+def run(o: Options, model: str, name: str, rate: float | None, seed: int, steps: int,
+        threads: int, folder: str, log_interval: int = 1000) -> list[dict]:
     """The log of a run of train.py. One that diverges has a loss of infinity at its end."""
     size = SIZES[model]
     way = WAYS[name]
@@ -103,8 +105,10 @@ def train(o: Options, model: str, name: str, rate: float | None, seed: int, step
     ]
     if rate is not None:
         options.append(f"--learning_rate={rate:.3g}")
-    done = out_dir / "done"  # its contents say what was run
-    if not done.exists() or done.read_text() != " ".join(options):
+    # what was run: its options, and the defaults of those that it leaves to train.py
+    what = " ".join(options) + f"\n{train.Options()}\n"
+    done = out_dir / "done"
+    if not done.exists() or done.read_text() != what:
         command = [sys.executable, ROOT / "train.py", *options, f"--out_dir={out_dir}",
                    "--overwrite=True"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -118,7 +122,7 @@ def train(o: Options, model: str, name: str, rate: float | None, seed: int, step
         if has_diverged:
             with open(out_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"tokens": 0, "val_loss": math.inf}) + "\n")
-        done.write_text(" ".join(options))
+        done.write_text(what)
     return read_curve(out_dir / "metrics.jsonl")
 
 
@@ -129,7 +133,7 @@ def final_loss(o: Options, model: str, name: str, rate: float | None, seed: int,
     folder = f"{name}-{steps}-seed{seed}"
     if rate is not None:
         folder += f"-{rate:.3g}"
-    entries = train(o, model, name, rate, seed, steps, max(1, os.cpu_count() // o.jobs), folder)
+    entries = run(o, model, name, rate, seed, steps, max(1, os.cpu_count() // o.jobs), folder)
     loss = [entry["val_loss"] for entry in entries if "val_loss" in entry][-1]
     print(f"{model}, {folder}: {loss:.4f}", flush=True)
     return loss
@@ -167,7 +171,7 @@ def seconds_of_steps(o: Options, model: str, rates: dict[str, float | None]) -> 
     seconds = {name: [] for name in WAYS}
     for turn in range(o.pairs):
         for name, rate in rates.items():
-            entries = train(o, model, name, rate, SEEDS[0], size.timed_steps, os.cpu_count(),
+            entries = run(o, model, name, rate, SEEDS[0], size.timed_steps, os.cpu_count(),
                             f"{name}-timed{turn}", log_interval=2)
             speeds = [entry["tok_per_s"] for entry in entries if "tok_per_s" in entry]
             speed = median(speeds[2:])  # in the first two it compiles
