@@ -16,6 +16,10 @@ from test_smollm import make
 
 # What is tested hears Ctrl-C, which a background job of a shell, as this may be, does not
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# and the closing of its terminal, which what nohup starts does not; this process still outlives it,
+# for a handler, unlike SIG_IGN, is not handed on
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 os.environ["COLUMNS"] = "200"  # for the messages of the command-line library
 
 
