@@ -420,13 +420,19 @@ class SmolLM(nn.Module):
         arXiv:1608.05859): the embedding is also the output matrix."""
         return F.linear(x, self.model.embed_tokens.weight)
 
+    def loss(self, logits, targets):
+        """Mean cross-entropy in nats, in float32, of logits (B, T, V) over the targets (B, T) that
+        are not -100; 0 if all are."""
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        count = (targets != -100).sum()
+        return losses / count.clamp(min=1)  # cross_entropy's own mean of none is NaN
+
     def forward(self, input_ids, targets=None, cache: "KVCache | None" = None):
         """Logits and loss for input_ids (B, T) int64.
 
-        Without a cache: logits (B, T, V), and if targets (B, T) are given, the mean cross-entropy
-        in nats, in float32, over the targets that are not -100 (0 if all are). With a cache:
-        input_ids go on from what it holds, logits are those of the last token, (B, 1, V), and the
-        loss is None.
+        Without a cache: logits (B, T, V), and the loss if targets (B, T) are given, else None. With
+        a cache: input_ids go on from what it holds, logits are those of the last token, (B, 1, V),
+        and the loss is None.
         """
         T = input_ids.size(1)
         if cache is not None:
@@ -438,9 +444,7 @@ class SmolLM(nn.Module):
         logits = self.head(x)
         if targets is None:
             return logits, None
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        count = (targets != -100).sum()
-        return logits, losses / count.clamp(min=1)  # cross_entropy's own mean of none is NaN
+        return logits, self.loss(logits, targets)
 
     def check_finite(self, where):
         """InputError, which begins with where, if a weight is NaN or infinite."""

@@ -32,6 +32,7 @@ from lib.device import (
     matmul_peak,
     pick_dtype,
 )
+from lib.faster import compile_blocks, for_training
 from lib.muon import Muon
 from lib.run import Run, StopSignals, say
 from smollm import PRESETS, InputError, SmolLM, load_tokenizer
@@ -104,7 +105,9 @@ class Options:
 
     # auto: 16 bits where they are 1.5 times as fast
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    compile: bool | None = None  # torch.compile; None: on CUDA only
+
+    # torch.compile; None: on CUDA, and on a CPU if there are at least COMPILE_FROM steps
+    compile: bool | None = None
 
     # check
     overfit: bool = False  # train on one batch until its loss is near zero; saves nothing
@@ -116,6 +119,7 @@ PRESET_OPTIONS = {
     "micro": dict(block_size=256, batch_size=16, max_iters=2000, eval_interval=100),
 }
 OVERFIT_LOSS = 0.05  # near zero
+COMPILE_FROM = 200  # steps, on a CPU: those of shorter runs take less time than to compile them
 
 
 def parse_options() -> tuple[Options, str]:
@@ -284,9 +288,11 @@ def accumulate(loss_model, batches: list, autocast, scaler) -> torch.Tensor:
     return ranks.all_reduce(total)
 
 
-@torch.no_grad()
 def evaluate(loss_model, batches: list, autocast) -> float:
-    """Mean loss in nats per token of batches [(x, y), ...], which may differ in size."""
+    """Mean loss in nats per token of batches [(x, y), ...], which may differ in size.
+
+    Without torch.no_grad, for which torch.compile would make another graph than that of training.
+    """
     total = 0.0
     for x, y in tqdm(batches, desc="evaluating", leave=False, disable=None):
         with autocast:
@@ -436,15 +442,16 @@ if __name__ == "__main__":
 
     # Speed
     keep_freed_memory()  # on a CPU: a step takes the memory of the one before it
-    loss_model = Loss(model)  # what evaluates
-    compiles = o.compile or (o.compile is None and device.type == "cuda")
-    if compiles and not has_compiler(device):
+    fast_model = for_training(model)  # the same parameters
+    loss_model = Loss(fast_model)  # what evaluates
+    if o.compile is None:
+        o.compile = device.type == "cuda" or (device.type == "cpu" and o.max_iters >= COMPILE_FROM)
+    if o.compile and not has_compiler(device):
         print(NO_COMPILER)
-        compiles = False
-    if compiles:
+    elif o.compile and device.type == "cpu":
+        compile_blocks(fast_model)
+    elif o.compile:
         loss_model = torch.compile(loss_model, dynamic=False)  # a graph for each shape of batches
-        if device.type == "cpu":
-            torch.use_deterministic_algorithms(True)  # else it adds up in varying order
     train_model = loss_model  # what trains: with several ranks, it averages their gradients
     if ranks.world_size() > 1:
         train_model = DistributedDataParallel(loss_model)

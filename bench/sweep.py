@@ -248,7 +248,8 @@ class Stack:
             momentum = self.as_tall(self.momenta[k], g)
             mean.mul_(momentum).add_(g * (1 - momentum))
             ahead.append(g * (1 - momentum) + mean * momentum)
-        updates = orthogonalize(torch.stack(ahead), torch.bfloat16).float()
+        stack = torch.stack(ahead)  # (matrices, models, rows, columns)
+        updates = orthogonalize(stack.flatten(0, 1), torch.bfloat16).float().view(stack.shape)
         for (name, _), u in zip(group, updates, strict=True):
             p = self.weights[name]
             rows = self.rows[name]

@@ -9,12 +9,13 @@ attention are quick for few rows: a token in a few streams, which takes as long 
 weights does. bench/peers.py measures it, docs/speed.md tells what was tried.
 """
 
-import copy
+import itertools
 import platform
 
 import torch
 from torch.nn import functional as F
 
+from lib.faster import PIECE, attend_piece, with_classes
 from smollm import Attention, KVCache, Linear, SmolLM
 
 FEW_ROWS = 16
@@ -55,11 +56,31 @@ class FewRowsLinear(Linear):
         return few_rows(x, self.weight)
 
 
+def onednn_matmul(x, y):
+    """x (R, C) @ y (C, S) in bfloat16, by oneDNN, which torch calls it in spite of avoid_onednn."""
+    return torch.ops.mkldnn._linear_pointwise(x, y.mT.contiguous(), None, "none", [], "")
+
+
+def attend_prompt(q, k, v):
+    """Causal attention, q (B, H, T, D), k and v (B, H_kv, T, D), in bfloat16, as
+    faster.attend_in_pieces, but for each key head by itself: oneDNN is called by name for that."""
+    grouped = q.unflatten(1, (k.size(1), -1))  # (B, H_kv, H / H_kv, T, D)
+    y = torch.empty_like(grouped)
+    for b, head in itertools.product(range(k.size(0)), range(k.size(1))):
+        for start in range(0, q.size(2), PIECE):
+            end = min(start + PIECE, q.size(2))
+            y[b, head, :, start:end] = attend_piece(
+                grouped[b, head, :, start:end], k[b, head, :end], v[b, head, :end], onednn_matmul)
+    return y.flatten(1, 2)  # (B, H, T, D)
+
+
 class FewRowsAttention(Attention):
     def attend(self, q, k, v, mask):
         """For a single token, the query heads that share a key head go as so many queries of it:
         then each cached key is read once, not once for each of them."""
         if q.size(2) > 1:
+            if mask is None and q.dtype == torch.bfloat16 and ONEDNN_BFLOAT16:
+                return attend_prompt(q, k, v)
             return super().attend(q, k, v, mask)
         grouped = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, H_kv, H / H_kv, D)
         if torch.compiler.is_compiling():
@@ -76,16 +97,6 @@ class FewRowsSmolLM(SmolLM):
 
 
 FEW_ROWS_CLASSES = {Linear: FewRowsLinear, Attention: FewRowsAttention, SmolLM: FewRowsSmolLM}
-
-
-def for_few_rows(model: SmolLM) -> SmolLM:
-    """A copy of the modules, with the very parameters of the model."""
-    parameters = {id(p): p for p in model.parameters()}  # which deepcopy takes as copied already
-    model = copy.deepcopy(model, parameters)
-    for module in model.modules():
-        if type(module) in FEW_ROWS_CLASSES:
-            module.__class__ = FEW_ROWS_CLASSES[type(module)]
-    return model
 
 
 class StaticKVCache(KVCache):
@@ -120,7 +131,7 @@ def make_step(model: SmolLM, compiled: bool):
     Compiled, single tokens after the first are one graph, which a GPU captures."""
     is_cuda = model.model.embed_tokens.weight.is_cuda
     if model.model.embed_tokens.weight.device.type == "cpu":
-        model = for_few_rows(model)
+        model = with_classes(model, FEW_ROWS_CLASSES)
 
     def step(input_ids, cache):
         return model(input_ids, cache=cache)[0]

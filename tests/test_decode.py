@@ -8,6 +8,7 @@ import torch
 
 from lib import decode
 from lib.decode import StaticKVCache, avoid_onednn, make_cache, make_step
+from lib.faster import with_classes
 from smollm import KVCache
 from test_smollm import CONFIGS, LLAMA_AND_SMOLLM3, PIECES, TINY, check_cache, ids_of, make
 
@@ -50,7 +51,7 @@ def test_a_step_gives_the_logits_of_the_model(dtype, config, batch_size, onednn)
 def test_a_step_has_the_very_parameters_of_the_model():
     model = make(TINY)
     parameters = {id(p) for p in model.parameters()}
-    copy = decode.for_few_rows(model)
+    copy = with_classes(model, decode.FEW_ROWS_CLASSES)
     assert {id(p) for p in copy.parameters()} == parameters
     assert type(model.model.layers[0].self_attn.q_proj) is not decode.FewRowsLinear
     assert type(copy.model.layers[0].self_attn.q_proj) is decode.FewRowsLinear
