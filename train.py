@@ -119,7 +119,7 @@ PRESET_OPTIONS = {
     "micro": dict(block_size=256, batch_size=16, max_iters=2000, eval_interval=100),
 }
 OVERFIT_LOSS = 0.05  # near zero
-COMPILE_FROM = 200  # steps, on a CPU: those of shorter runs take less time than to compile them
+COMPILE_FROM = 200  # steps, on a CPU: to compile would take longer than it saves in fewer
 
 
 def parse_options() -> tuple[Options, str]:
@@ -256,6 +256,12 @@ def restore(checkpoint: dict, optimizers: list, scaler, device):
     torch.set_rng_state(checkpoint["rng"]["cpu"].clone())
     if device.type == "cuda" and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].clone())
+
+
+def pays_to_compile(device, num_steps: int) -> bool:
+    """Whether torch.compile saves more time than it takes. It goes by all steps of a run: if by
+    those that are left, a resumed run might round in another way than before."""
+    return device.type == "cuda" or (device.type == "cpu" and num_steps >= COMPILE_FROM)
 
 
 class Loss(torch.nn.Module):
@@ -445,7 +451,7 @@ if __name__ == "__main__":
     fast_model = for_training(model)  # the same parameters
     loss_model = Loss(fast_model)  # what evaluates
     if o.compile is None:
-        o.compile = device.type == "cuda" or (device.type == "cpu" and o.max_iters >= COMPILE_FROM)
+        o.compile = pays_to_compile(device, o.max_iters)
     if o.compile and not has_compiler(device):
         print(NO_COMPILER)
     elif o.compile and device.type == "cpu":

@@ -1,7 +1,7 @@
 """A faster training step: what is about one machine's speed, and would only clutter smollm.py.
 
     fast_model = for_training(model)
-    compile_blocks(fast_model)         # takes half a minute
+    compile_blocks(fast_model)
 
 bench/peers.py measures it, docs/speed.md tells what was tried.
 """
@@ -77,17 +77,10 @@ def for_training(model: SmolLM) -> SmolLM:
 
 # ---- torch.compile
 
-# The share of what a block could keep for the backward pass that it may keep; it computes the rest
-# again. At 1, inductor keeps casts of the weights, too.
-MEMORY_BUDGET = 0.7
-
-
 def compile_blocks(model: SmolLM):
     """torch.compile each block by itself, and the loss. As the blocks are alike, they share one
     graph, which takes half a minute to compile on two cores. All of them in one graph take more
     than one minute, and give the same speed."""
-    from torch._functorch import config  # which takes a while to import
-    config.activation_memory_budget = MEMORY_BUDGET
     for block in model.model.layers:
         block.compile(dynamic=False)
     model.loss = torch.compile(model.loss, dynamic=False)

@@ -359,6 +359,13 @@ def test_checkpoints_of_earlier_versions_have_these_options():
 # ---- Speed and precision
 
 
+@pytest.mark.parametrize(("device", "num_steps", "expected"), [
+    ("cpu", train.COMPILE_FROM - 1, False), ("cpu", train.COMPILE_FROM, True),
+    ("cuda", 1, True), ("mps", 10_000, False)])
+def test_long_runs_on_cpus_and_all_on_cuda_are_compiled(device, num_steps, expected):
+    assert train.pays_to_compile(torch.device(device), num_steps) == expected
+
+
 def test_flops_are_those_of_the_matmuls():
     model = make(TINY)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
