@@ -67,7 +67,7 @@ HEADER = ("| work | this code | | instead | | ratio | share of the machine's lim
 @dataclass
 class Options:
     rows: list[Row] = field(default_factory=lambda: list(get_args(Row)))
-    pairs: int = 5  # times that each contender runs
+    pairs: int = 3  # times that each contender runs
     device: str = "auto"
     nanogpt: Path | None = None  # the model.py of github.com/karpathy/nanoGPT
 
@@ -462,8 +462,9 @@ def check_losses(losses: list[float]):
         raise RuntimeError(f"the losses differ: {losses}")
 
 
-# The norm of the difference of two logits, in that of one: several times what was found
-LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
+# The norm of the difference of two logits, in that of one. In bfloat16 two ways to round differ by
+# 0.04 after thirty layers; heads that are grouped wrongly, say, by more than 0.5.
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def check_logits(ours: Process, theirs: Process, ids, dtype: str):

@@ -24,11 +24,10 @@ def attend_piece(q, k, v, matmul=torch.matmul):
     """softmax(q k^T / sqrt(D)) v for q (..., G, C, D): of G query heads that share a key head, the
     last C of the S queries that k and v (..., S, D) belong to. They are rows of one matmul."""
     num_queries, head_dim = q.shape[-2:]
-    num_keys = k.size(-2)
     scores = matmul((q * head_dim**-0.5).flatten(-3, -2), k.mT)  # (..., G * C, S)
-    later = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
-    later = later.triu(num_keys - num_queries + 1)  # (C, S)
-    scores = scores.unflatten(-2, q.shape[-3:-1]).masked_fill(later, -math.inf)
+    scores = scores.unflatten(-2, q.shape[-3:-1])  # (..., G, C, S)
+    later = torch.ones(num_queries, num_queries, dtype=torch.bool, device=q.device).triu(1)
+    scores[..., -num_queries:].masked_fill_(later, -math.inf)  # all see the keys before these
     probs = scores.softmax(-1).to(v.dtype)  # computed in float32
     return matmul(probs.flatten(-3, -2), v).view(q.shape)
 
