@@ -1,19 +1,24 @@
-"""Attention on a GPU, forward and backward: memory and time of SmolLM-135M's, at 8 x 2048, when
-grouped keys and values go to torch as they are, and with what smollm.py chooses.
+"""Attention of SmolLM-135M, one layer, forward and backward.
 
     python bench/attention.py
 
-A newer GPU stands for a T4 when torch's flash kernels, which a T4 can't run, are switched off.
+On a GPU: memory and time at 8 x 2048, when grouped keys and values go to torch as they are, and
+with what smollm.py chooses. A newer GPU stands for a T4 when torch's flash kernels, which a T4
+can't run, are switched off. Without a GPU: time of torch's fused kernel and of lib/faster.py's
+pieces, eager and compiled, in turn.
 """
 
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.device import keep_freed_memory
+from lib.faster import attend_in_pieces
 from smollm import Attention, Config
 
 B, H, H_KV, T, D = 8, 9, 3, 2048, 64
@@ -26,6 +31,8 @@ CASES = [  # dtype, whether there is a mask, whether the GPU stands for a T4
     (torch.float16, False, True),
     (torch.float16, True, True),
 ]
+
+CPU_SHAPES = [(4, 512), (8, 512), (1, 2048), (16, 128)]  # sequences, tokens of each
 
 
 def as_they_are(q, k, v, mask):
@@ -53,9 +60,30 @@ def measure(attend, dtype: torch.dtype, mask) -> tuple[float, float]:
     return (torch.cuda.max_memory_allocated() - before) / 1e6, milliseconds
 
 
-def main():
-    if not torch.cuda.is_available():
-        sys.exit("error: there is no GPU that torch can use: this measures one")
+def measure_on_cpu():
+    keep_freed_memory()  # as train.py does
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| | fused | pieces, eager | pieces, compiled |\n|---|---|---|---|")
+    for dtype in (torch.bfloat16, torch.float32):
+        for batch, length in CPU_SHAPES:
+            compiled = torch.compile(attend_in_pieces, dynamic=False)
+            inputs = [torch.randn(batch, length, heads, D, dtype=dtype).transpose(1, 2)
+                      for heads in (H, H_KV, H_KV)]
+            for x in inputs:
+                x.requires_grad_()
+            times = {as_they_are: [], attend_in_pieces: [], compiled: []}
+            for turn in range(REPEATS + 2):
+                for attend in times:
+                    mask = (None,) if attend is as_they_are else ()
+                    start = time.perf_counter()
+                    torch.autograd.grad(attend(*inputs, *mask).sum(), inputs)
+                    if turn >= 2:
+                        times[attend].append(time.perf_counter() - start)
+            cells = [f"{median(values) * 1000:.1f} ms" for values in times.values()]
+            print(f"| {str(dtype)[6:]}, {batch} x {length} | {' | '.join(cells)} |", flush=True)
+
+
+def measure_on_gpu():
     real_capability = torch.cuda.get_device_capability
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}: {B} sequences of {T}, {H} query heads, {H_KV} "
@@ -80,4 +108,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if torch.cuda.is_available():
+        measure_on_gpu()
+    else:
+        measure_on_cpu()

@@ -27,7 +27,6 @@ from tests.helpers import (
     run,
     start_training,
     train_here,
-    write_tiny,
 )
 from tests.launch import Script
 
@@ -77,11 +76,11 @@ def test_resuming_is_exact_under_a_constant_schedule(variant, tiny, corpus, tmp_
     check_exactness(tmp_path, options, (10, 20, 30), world_size)
 
 
-def test_resuming_is_exact_compiled_under_a_constant_schedule(tokenizer, corpus, tmp_path):
-    """12 steps, 4 + 8 and 4 + 4 + 4, of a model of one layer."""
-    write_tiny(tmp_path / "one.pt", tokenizer, num_hidden_layers=1)
-    options = (*STEADY, "--dtype=float32", "--compile=True", "--eval_interval=4",
-               f"--dataset={corpus}", f"--init_from={tmp_path / 'one.pt'}")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resuming_is_exact_compiled_under_a_constant_schedule(dtype, tiny, corpus, tmp_path):
+    """12 steps, 4 + 8 and 4 + 4 + 4."""
+    options = (*STEADY, f"--dtype={dtype}", "--compile=True", "--eval_interval=4",
+               f"--dataset={corpus}", f"--init_from={tiny}")
     check_exactness(tmp_path, options, (4, 8, 12))
 
 
