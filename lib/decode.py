@@ -15,7 +15,7 @@ import platform
 import torch
 from torch.nn import functional as F
 
-from lib.faster import PIECE, attend_piece, with_classes
+from lib.faster import HAS_AMX, PIECE, attend_piece, mask_of_later_keys, with_classes
 from smollm import Attention, KVCache, Linear, SmolLM
 
 FEW_ROWS = 16
@@ -64,13 +64,17 @@ def onednn_matmul(x, y):
 def attend_prompt(q, k, v):
     """Causal attention, q (B, H, T, D), k and v (B, H_kv, T, D), in bfloat16, as
     faster.attend_in_pieces, but for each key head by itself: oneDNN is called by name for that."""
+    mask = mask_of_later_keys(PIECE)  # a piece's own square; all see the keys before it
+    q = q * q.size(-1)**-0.5
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, H_kv, H / H_kv, T, D)
     y = torch.empty_like(grouped)
     for b, head in itertools.product(range(k.size(0)), range(k.size(1))):
         for start in range(0, q.size(2), PIECE):
             end = min(start + PIECE, q.size(2))
+            size = end - start
             y[b, head, :, start:end] = attend_piece(
-                grouped[b, head, :, start:end], k[b, head, :end], v[b, head, :end], onednn_matmul)
+                grouped[b, head, :, start:end], k[b, head, :end], v[b, head, :end],
+                mask[-size:, -size:], onednn_matmul)
     return y.flatten(1, 2)  # (B, H, T, D)
 
 
@@ -79,7 +83,9 @@ class FewRowsAttention(Attention):
         """For a single token, the query heads that share a key head go as so many queries of it:
         then each cached key is read once, not once for each of them."""
         if q.size(2) > 1:
-            if mask is None and q.dtype == torch.bfloat16 and ONEDNN_BFLOAT16:
+            # with AMX, Intel's matrix unit, torch's fused kernel is faster
+            in_pieces = ONEDNN_BFLOAT16 and not HAS_AMX and q.dtype == torch.bfloat16
+            if mask is None and in_pieces:
                 return attend_prompt(q, k, v)
             return super().attend(q, k, v, mask)
         grouped = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, H_kv, H / H_kv, D)
