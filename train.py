@@ -106,7 +106,7 @@ class Options:
     # auto: 16 bits where they are 1.5 times as fast
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
-    # torch.compile; None: on CUDA, and on a CPU if there are at least COMPILE_FROM steps
+    # torch.compile; None: on CUDA, and on a CPU if steps times parameters are COMPILE_FROM or more
     compile: bool | None = None
 
     # check
@@ -119,7 +119,7 @@ PRESET_OPTIONS = {
     "micro": dict(block_size=256, batch_size=16, max_iters=2000, eval_interval=100),
 }
 OVERFIT_LOSS = 0.05  # near zero
-COMPILE_FROM = 200  # steps, on a CPU: to compile would take longer than it saves in fewer
+COMPILE_FROM = 10**9  # 300 steps of nano, 8 of the 135M: in fewer a CPU loses time to the compiler
 
 
 def parse_options() -> tuple[Options, str]:
@@ -258,10 +258,11 @@ def restore(checkpoint: dict, optimizers: list, scaler, device):
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].clone())
 
 
-def pays_to_compile(device, num_steps: int) -> bool:
+def pays_to_compile(device, num_steps: int, num_parameters: int) -> bool:
     """Whether torch.compile saves more time than it takes. It goes by all steps of a run: if by
     those that are left, a resumed run might round in another way than before."""
-    return device.type == "cuda" or (device.type == "cpu" and num_steps >= COMPILE_FROM)
+    is_long = num_steps * num_parameters >= COMPILE_FROM
+    return device.type == "cuda" or (device.type == "cpu" and is_long)
 
 
 class Loss(torch.nn.Module):
@@ -451,7 +452,7 @@ if __name__ == "__main__":
     fast_model = for_training(model)  # the same parameters
     loss_model = Loss(fast_model)  # what evaluates
     if o.compile is None:
-        o.compile = pays_to_compile(device, o.max_iters)
+        o.compile = pays_to_compile(device, o.max_iters, model.num_parameters())
     if o.compile and not has_compiler(device):
         print(NO_COMPILER)
     elif o.compile and device.type == "cpu":

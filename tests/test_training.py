@@ -359,11 +359,14 @@ def test_checkpoints_of_earlier_versions_have_these_options():
 # ---- Speed and precision
 
 
-@pytest.mark.parametrize(("device", "num_steps", "expected"), [
-    ("cpu", train.COMPILE_FROM - 1, False), ("cpu", train.COMPILE_FROM, True),
-    ("cuda", 1, True), ("mps", 10_000, False)])
-def test_long_runs_on_cpus_and_all_on_cuda_are_compiled(device, num_steps, expected):
-    assert train.pays_to_compile(torch.device(device), num_steps) == expected
+@pytest.mark.parametrize(("device", "preset", "num_steps", "expected"), [
+    ("cpu", "nano", 200, False), ("cpu", "nano", 400, True),
+    ("cpu", "smollm2-135m", 5, False), ("cpu", "smollm2-135m", 10, True),
+    ("cuda", "nano", 1, True), ("mps", "nano", 10_000, False)])
+def test_long_runs_on_cpus_and_all_on_cuda_are_compiled(device, preset, num_steps, expected):
+    with torch.device("meta"):
+        num_parameters = SmolLM(PRESETS[preset]).num_parameters()
+    assert train.pays_to_compile(torch.device(device), num_steps, num_parameters) == expected
 
 
 def test_flops_are_those_of_the_matmuls():
