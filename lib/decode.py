@@ -23,13 +23,16 @@ FEW_ROWS = 16
 ONEDNN_BFLOAT16 = (platform.machine() in ("x86_64", "AMD64")
                    and torch.backends.mkldnn.is_available()
                    and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+# Whether torch is faster without it for one row. AMX, Intel's matrix unit, is used through oneDNN
+# only: there torch's attention needs it, and torch.mv with it is as fast as without.
+ONEDNN_IS_SLOW = ONEDNN_BFLOAT16 and not HAS_AMX
 
 
 def avoid_onednn():
     """For this process, from now on: torch calls oneDNN only where it is told to, as few_rows does.
     For a single row in bfloat16, torch's own kernel takes half as long (AMD's Zen 4 and Zen 5).
     Not for a compiled step, which can't call oneDNN by name for several rows."""
-    if ONEDNN_BFLOAT16:
+    if ONEDNN_IS_SLOW:
         torch.backends.mkldnn.enabled = False
 
 
@@ -41,8 +44,10 @@ def few_rows(x, weight):
         y = (x.flatten(0, -2).float() * weight).sum(-1).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
     if weight.dtype == torch.bfloat16 and ONEDNN_BFLOAT16:
-        if rows == 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return F.linear(x, weight)
+        if rows == 1:
+            return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     if rows <= FEW_ROWS:
         # the weight as the left factor is faster than as the right one
@@ -83,9 +88,7 @@ class FewRowsAttention(Attention):
         """For a single token, the query heads that share a key head go as so many queries of it:
         then each cached key is read once, not once for each of them."""
         if q.size(2) > 1:
-            # with AMX, Intel's matrix unit, torch's fused kernel is faster
-            in_pieces = ONEDNN_BFLOAT16 and not HAS_AMX and q.dtype == torch.bfloat16
-            if mask is None and in_pieces:
+            if mask is None and q.dtype == torch.bfloat16 and ONEDNN_IS_SLOW:
                 return attend_prompt(q, k, v)
             return super().attend(q, k, v, mask)
         grouped = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, H_kv, H / H_kv, D)
