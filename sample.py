@@ -20,7 +20,7 @@ import torch
 
 from lib import cli, hf_files, models
 from lib.decode import avoid_onednn, make_cache, make_step
-from lib.device import NO_COMPILER, has_compiler, pick_device
+from lib.device import NO_COMPILER, has_compiler, keep_freed_memory, pick_device
 from smollm import InputError, id_list, sample_token
 
 # ---- Options: the comments are their help
@@ -270,6 +270,7 @@ if __name__ == "__main__":
         avoid_onednn()
     bundle = models.load(o.ckpt, device, getattr(torch, o.dtype))
     say_what_is_not_done(bundle)
+    keep_freed_memory()  # on a CPU: a layer takes the memory of the one before it
     sampling = {
         "temperature": o.temperature,
         "top_k": o.top_k,

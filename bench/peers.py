@@ -11,7 +11,7 @@ of the pairs; in brackets are the lowest and the highest. The machine's limits a
 same run.
 
 transformers is compiled with torch.compile; to decode, also with a cache of fixed size and
-inductor's freezing, which helps it. All that train have train.py's setting of the allocator.
+inductor's freezing, which helps it. All have the setting of the allocator that this code makes.
 llama.cpp is the wheel xllamacpp, which runs on CPUs and is left out on a GPU. nanoGPT is its own
 model.py at its 124M, compiled, in float32, as its train.py runs on a CPU: fetch the file and give
 it as --nanogpt, else the row is left out.
@@ -139,7 +139,6 @@ class Training:
         self.folder = folder
         self.device = device
         self.before = memory_of_process("VmRSS")
-        keep_freed_memory()
         rows = real_text(folder, B, T + 1).to(device)
         self.batch = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         self.autocast = nullcontext()
@@ -376,6 +375,7 @@ class Llama:
 
 def begin(make: Callable, *arguments):
     global contender
+    keep_freed_memory()  # as train.py and sample.py do
     contender = make(*arguments)
 
 

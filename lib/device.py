@@ -89,7 +89,7 @@ def flops_per_token(model: SmolLM, T: int) -> int:
 
 def keep_freed_memory():
     """From now on this process keeps the memory that it frees. Under glibc, large tensors are else
-    given back to the kernel at once; to get them anew, page by page, slows training on a CPU."""
+    given back to the kernel at once; to get them anew, page by page, slows a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no piece of memory is mapped by itself,
